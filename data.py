@@ -72,23 +72,36 @@ class Dataset:
     final: str  # "train" (FGVC) or "trainval" (VTAB-1K)
     splits: dict[str, Split] = field(repr=False)  # train, val, test
 
-    def images(self, split: str) -> list[tuple[Split, int]]:
-        """Every image of a split as (where it lies, its number there); `trainval` is train and val together."""
-        names = ("train", "val") if split == "trainval" else (split,)
-        return [(self.splits[name], i) for name in names for i in range(len(self.splits[name]))]
+    def images(self, split: str, fraction: float = 1.0) -> list[tuple[Split, int]]:
+        """A split's images as (where it lies, its number there); `trainval` is train and val together.
 
-    def count(self, split: str) -> int:
-        return len(self.images(split))
+        fraction: only that share of them, the same for every seed, stratified; a smaller share is part of a larger one.
+        """
+        names = ("train", "val") if split == "trainval" else (split,)
+        images = [(self.splits[name], i) for name in names for i in range(len(self.splits[name]))]
+        if fraction == 1:
+            return images
+        labels = np.array([part.index[i, 3] for part, i in images])
+        return [images[i] for i in stratified(labels, seed=0)[: round(fraction * len(images))]]
+
+    def count(self, split: str, fraction: float = 1.0) -> int:
+        return len(self.images(split, fraction))
 
     def batches(
-        self, split: str, batch: int, seed: int | None = None, epoch: int = 0, pin: bool = False
+        self,
+        split: str,
+        batch: int,
+        seed: int | None = None,
+        epoch: int = 0,
+        fraction: float = 1.0,
+        pin: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs of images (B, size, size, 3) uint8 and labels (B,) int64; the last batch may be smaller.
 
         With a seed: shuffled and augmented by (seed, epoch) alone. Without: in order, centre crop.
         The next batch is made in a thread while the caller uses this one. pin: in page-locked memory, for CUDA.
         """
-        images, rng = self.images(split), None
+        images, rng = self.images(split, fraction), None
         if seed is not None:
             rng = np.random.default_rng([seed, epoch])
             images = [images[i] for i in rng.permutation(len(images))]
@@ -128,15 +141,14 @@ def normalise(pixels: Tensor) -> Tensor:
     return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
-def stratified(labels: np.ndarray, sizes: tuple[int, ...], seed: int) -> list[np.ndarray]:
-    """Cut range(len(labels)) into parts of the given sizes in which every class has its share."""
+def stratified(labels: np.ndarray, seed: int) -> np.ndarray:
+    """A random order of range(len(labels)) any stretch of which holds every class in its share."""
     order = np.random.default_rng(seed).permutation(len(labels))
     place = np.empty(len(labels))  # where in its class an image stands, from 0 to 1
     for label in np.unique(labels):
         members = order[labels[order] == label]
         place[members] = (np.arange(len(members)) + 0.5) / len(members)
-    order = order[np.argsort(place[order], kind="stable")]
-    return np.split(order, np.cumsum(sizes)[:-1])
+    return order[np.argsort(place[order], kind="stable")]
 
 
 def resized(grey: np.ndarray, side: int) -> np.ndarray:
@@ -156,7 +168,7 @@ def load_digits(root: Path, size: int) -> dict[str, Split]:
     except Exception as error:
         raise UsageError(f"{path} is damaged ({error}); restore it: git checkout {path}") from error
     pixels = resized((images.astype(np.uint16) * 255 // 16).astype(np.uint8), size)
-    parts = stratified(labels, (800, 200, 797), seed=0)
+    parts = np.split(stratified(labels, seed=0), (800, 1000))
     return {name: Split.of(pixels[i], labels[i]) for name, i in zip(("train", "val", "test"), parts, strict=True)}
 
 
@@ -182,7 +194,7 @@ def load_fashion_mnist(root: Path, size: int) -> dict[str, Split]:
         return Split.of(np.pad(inner, ((0, 0), (border, border), (border, border), (0, 0))), labels)
 
     (images, labels), (test_images, test_labels) = [(s.data.numpy(), s.targets.numpy()) for s in sets]
-    train, val = stratified(labels, (54_000, 6_000), seed=0)
+    train, val = np.split(stratified(labels, seed=0), (54_000,))
     return {
         "train": split(images[train], labels[train]),
         "val": split(images[val], labels[val]),

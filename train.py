@@ -53,6 +53,7 @@ class Config:
     batch: int = opt(64, "images per step")
     optimizer: Literal["sgd", "adamw"] = opt("sgd", "sgd is the protocol; adamw trains a backbone from scratch sooner")
     seed: int = opt(42, "decides initialisation, order, augmentation and dropout")
+    fraction: float = opt(1.0, "share of the training images to use, stratified; every seed uses the same ones")
     final: bool = opt(True, "train on the protocol's final split and test once; --no-final: train, then val only")
     backbone: str = opt(
         "auto", "auto (the task's), tiny, scratch (tiny, random), a timm name, a .npz or .safetensors file"
@@ -81,13 +82,16 @@ def resolve(config: Config) -> Config:
     for name in ("length", "lr", "epochs", "batch"):
         if not 0 < getattr(config, name) < math.inf:
             raise UsageError(f"--{name} is {getattr(config, name)}; it must be positive")
+    if config.fraction > 1 or config.fraction <= 0:
+        raise UsageError(f"--fraction is {config.fraction}; it must be above 0 and at most 1")
     if not (0 <= config.wd < math.inf and config.seed >= 0):
         raise UsageError(f"--wd is {config.wd} and --seed is {config.seed}; neither may be negative")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device is cuda, but PyTorch finds no CUDA device here; use --device cpu")
     size = f"-L{config.length}" if config.tune == "prefix" else ""
     name = f"{method(config)}{size}-lr{config.lr:g}-wd{config.wd:g}-epochs{config.epochs}-seed{config.seed}"
-    folder = Path("out", Path(config.task).name, name if config.final else f"{name}-val")
+    name += ("" if config.fraction == 1 else f"-fraction{config.fraction:g}") + ("" if config.final else "-val")
+    folder = Path("out", Path(config.task).name, name)
     return replace(config, out=config.out or str(folder))
 
 
@@ -181,7 +185,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def make_optimizer(config: Config, model: Tuned) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9 (or AdamW); weight decay on all that is trained, the MLP's biases too, but the head's bias."""
+    """SGD with momentum 0.9, or AdamW; weight decay on all that is trained, MLP biases too, but the head's bias."""
     decayed = [p for name, p in model.named_parameters() if name != "head.bias"]
     groups = [{"params": decayed, "weight_decay": config.wd}, {"params": [model.head.bias], "weight_decay": 0.0}]
     fused = config.device == "cuda"
@@ -196,12 +200,14 @@ def run_epoch(
     """One pass over the training images -> its row of metrics. The GPU is waited for every 50 steps, not in one."""
     step_fn = torch.compile(loss_and_hits, dynamic=False) if config.compile else loss_and_hits
     split, bf16, peak = training_split(config, data), use_bf16(config, backbone), config.lr * config.batch / 256
-    count = data.count(split)
+    count = data.count(split, config.fraction)
     steps = math.ceil(count / config.batch)  # of one epoch
     torch.manual_seed(config.seed + 1_000_003 * (epoch + 1))  # dropout: an epoch needs no state of those before it
     model.train()
     loss_sum, hits_sum = torch.zeros(2, device=config.device)
-    for i, (pixels, labels) in enumerate(batches(config, data, split, seed=config.seed, epoch=epoch)):
+    for i, (pixels, labels) in enumerate(
+        batches(config, data, split, seed=config.seed, epoch=epoch, fraction=config.fraction)
+    ):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(epoch * steps + i, config.epochs * steps, peak)
         loss, hits = step_fn(model, backbone, pixels, labels, bf16)
@@ -252,7 +258,8 @@ def train(config: Config, backbone: ViT, data: Dataset, stop: int | None = None)
     model = Tuned(config, backbone, len(data.classes)).to(config.device)
     optimizer = make_optimizer(config, model)
     history = checkpoint.resume(Path(config.out), asdict(config), model, optimizer)
-    count, stop = data.count(training_split(config, data)), min(stop or config.epochs, config.epochs)
+    count = data.count(training_split(config, data), config.fraction)
+    stop = min(stop or config.epochs, config.epochs)
     with tqdm(total=config.epochs * count, initial=len(history) * count, unit="img", **BAR) as bar:
         bar.set_description(f"{data.task} {method(config)}")
         while len(history) < stop and "status" not in (history or [{}])[-1]:
@@ -305,7 +312,7 @@ def run(config: Config) -> int:
     data = load(config.task, config.data_dir, backbone.image)
     length = f"L {config.length}, " if config.tune == "prefix" else ""
     settings = f"{length}base lr {config.lr:g}, weight decay {config.wd:g}, batch {config.batch}"
-    images = f"{config.epochs} epochs of {data.count(training_split(config, data))} images"
+    images = f"{config.epochs} epochs of {data.count(training_split(config, data), config.fraction)} images"
     print(f"{config.task}: {method(config)}, {settings}, {images}, {config.device}")
     result = train(config, backbone, data)
     trained = sum(p.numel() for p in result.model.parameters())
