@@ -93,7 +93,8 @@ def save(
         write(out / "curve.png", curve(history, title))
     write(out / "metrics.jsonl", metrics)  # with a status in the last row, the run is over
     if status is not None:
-        (out / "state.pt").unlink(missing_ok=True)
+        for leftover in (out / "state.pt", *out.glob(".*.part")):  # a kill may have left a part of a file
+            leftover.unlink(missing_ok=True)
 
 
 def curve(history: list[dict], title: str) -> bytes:

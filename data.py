@@ -7,7 +7,6 @@ Shapes: B images; pixels are (height, width, 3) uint8 on disk and in batches, (B
 """
 
 import difflib
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ class UsageError(Exception):
 
 def write(path: Path, content: bytes) -> None:
     """All of it or nothing: under a temporary name, then rename. OSError if the disk is full or read-only."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.part")
     try:
         temporary.write_bytes(content)
         temporary.replace(path)

@@ -107,17 +107,21 @@ def load_backbone(config: Config) -> ViT:
     config = resolve(config)
     try:
         vit = ViT.load(config.backbone)
-    except FileNotFoundError as error:
-        raise UsageError(f"the backbone '{config.backbone}' is not there: {error.filename} is missing") from None
     except (ValueError, RuntimeError, OSError, KeyError, zipfile.BadZipFile) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"the backbone '{config.backbone}' cannot be used: {reason}") from error
+        mend = "git checkout assets" if config.backbone == "tiny" else "give a file, such as --backbone ViT-B_16.npz"
+        raise UsageError(f"the backbone '{config.backbone}' cannot be used ({reason}); {mend}") from error
     vit.to(config.device).requires_grad_(False)
     if use_bf16(config, vit) and config.tune != "full":
-        for module in vit.modules():  # they never change, so no fp32 copy that autocast would cast in every step
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                module.to(torch.bfloat16)
+        hold_in_bf16(vit)
     return vit
+
+
+def hold_in_bf16(vit: ViT) -> None:
+    """Cast the matrices for good: they never change, so no fp32 copy need be kept and cast in every step."""
+    for module in vit.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(torch.bfloat16)
 
 
 class Tuned(nn.Module):

@@ -1,0 +1,391 @@
+"""train.py and checkpoint.py: the protocol, what may move and what may not, kills, divergence, wrong input."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train as train_module
+from data import Dataset, Split, load, normalise
+from train import (
+    Config,
+    Tuned,
+    evaluate,
+    learning_rate,
+    load_backbone,
+    loss_and_hits,
+    main,
+    make_optimizer,
+    parser,
+    resolve,
+    train,
+)
+from vit import ViT
+
+ROOT = Path(__file__).parent.parent
+QUICK = {"task": "digits", "fraction": 0.1, "epochs": 3, "length": 4, "lr": 1.0, "wd": 0.001}
+METHODS = [{"share": share} for share in ("none", "simple", "linear", "deep")]
+METHODS += [{"share": "deep", "shallow": True}, {"tune": "linear"}, {"tune": "full", "lr": 0.1}]
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load("digits", size=32)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> ViT:
+    return load_backbone(Config())
+
+
+def command(config: dict, out: Path) -> list[str]:
+    words = [sys.executable, "train.py", "--out", str(out)]
+    for name, value in config.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
+def outcome(folder: Path) -> tuple:
+    """All that a finished run says, bit for bit."""
+    names = sorted(p.name for p in folder.iterdir())
+    return names, (folder / "metrics.jsonl").read_bytes(), (folder / "prefix.safetensors").read_bytes()[-1000:]
+
+
+def count_rows(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.slow
+def test_runs_on_one_backbone_equal_the_same_runs_in_fresh_processes_bitwise(tiny, digits, tmp_path):
+    runs = [QUICK | METHODS[3], QUICK | METHODS[1], QUICK | {"lr": 1e30}, QUICK | METHODS[3] | {"seed": 7}]
+    for i, run in enumerate(runs):
+        here = train(Config(**run, out=str(tmp_path / f"here{i}")), tiny, digits)
+        there = subprocess.run(command(run, tmp_path / f"there{i}"), cwd=ROOT, capture_output=True, text=True)
+        assert there.returncode == (3 if i == 2 else 0), there.stderr
+        rows = (tmp_path / f"there{i}" / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(row) for row in rows] == here.history
+        assert here.status == ("diverged" if i == 2 else "done")
+    assert outcome(tmp_path / "here0") == outcome(tmp_path / "there0")
+    assert outcome(tmp_path / "here0")[1] != outcome(tmp_path / "here3")[1]  # another seed, another run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [METHODS[3], METHODS[6]], ids=["deep", "full"])
+def test_a_run_killed_again_and_again_ends_as_an_unbroken_one(method, tiny, digits, tmp_path):
+    run = QUICK | method | {"epochs": 12}
+    backbone = load_backbone(Config(tune="full")) if "tune" in method else tiny
+    whole = train(Config(**run, out=str(tmp_path / "whole")), backbone, digits)
+    rng, broken, kills = random.Random(0), tmp_path / "broken", 0
+    for _ in range(30):
+        process = subprocess.Popen(command(run, broken), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (broken / "config.json").exists() and process.poll() is None:  # it has begun to train
+            time.sleep(0.01)
+        epochs = count_rows(broken)
+        while process.poll() is None and kills < 3 and epochs == count_rows(broken):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.1))
+        if kills == 3 or process.poll() is not None:
+            assert process.wait() == 0
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills > 0
+    assert outcome(broken) == outcome(tmp_path / "whole")
+    assert whole.status == "done"
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tiny, digits, tmp_path):
+    config = Config(**QUICK, share="simple", out=str(tmp_path / "whole"))
+    whole = train(config, tiny, digits)
+    config = replace(config, out=str(tmp_path / "parts"))
+    assert train(config, tiny, digits, stop=1).status == "running"
+    assert train(config, tiny, digits).history == whole.history
+    again = train(config, tiny, digits)  # over: nothing is computed, the result is read back
+    assert again.history == whole.history
+    torch.testing.assert_close(again.head.weight, whole.head.weight, atol=0, rtol=0)
+    torch.testing.assert_close(again.prefix.p, whole.prefix.p, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: "-".join(str(v) for v in m.values()))
+def test_gradients_reach_all_that_is_trained_and_nothing_that_is_frozen(method, small_vit):
+    config = resolve(Config(**method, length=3) if method.get("tune") != "full" else Config(**method))
+    torch.manual_seed(1)
+    model = Tuned(config, small_vit, classes=5)
+    pixels, labels = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8), torch.arange(8) % 5
+    loss_and_hits(model, small_vit, pixels, labels, bf16=False)[0].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+    assert all(parameter.grad is None for parameter in small_vit.parameters())
+    frozen = {id(p) for p in small_vit.parameters()}
+    assert not frozen & {id(p) for group in make_optimizer(config, model).param_groups for p in group["params"]}
+
+
+def test_training_leaves_the_backbone_as_it_was(digits, tmp_path):
+    backbone = load_backbone(Config(tune="full"))
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    result = train(Config(**QUICK, tune="full", out=str(tmp_path)), backbone, digits)
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    assert not torch.equal(result.model.backbone.norm.weight, before["norm.weight"])
+    tuned = ViT.from_file(tmp_path / "backbone.safetensors")  # what full fine-tuning made is a backbone for others
+    torch.testing.assert_close(tuned.norm.weight, result.model.backbone.norm.weight, atol=0, rtol=0)
+
+
+def test_the_learning_rate_rises_for_a_tenth_of_the_steps_and_falls_to_zero_along_a_cosine():
+    rates = [learning_rate(step, 1000, 2.0) for step in range(1000)]
+    assert 0 < rates[0] < 0.05
+    assert max(rates) == rates[100] == 2.0
+    assert np.allclose(np.diff(rates[:100]), rates[1] - rates[0])  # a line
+    assert rates[550] == pytest.approx(1.0)  # half-way down the cosine
+    assert 0 < rates[-1] < 1e-4
+
+
+def test_a_step_is_sgd_with_momentum_and_no_decay_on_the_head_bias(small_vit, tmp_path):
+    rng = np.random.default_rng(0)
+    part = Split.of(rng.integers(0, 256, (12, 16, 16, 3), dtype=np.uint8), np.arange(12) % 3)
+    data = Dataset("digits", list("abc"), 16, False, "train", {"train": part, "val": part, "test": part})
+    config = resolve(Config(tune="linear", lr=2.0, wd=0.1, epochs=2, batch=6, out=str(tmp_path)))
+    result = train(config, small_vit, data)
+
+    torch.manual_seed(config.seed)
+    head = Tuned(config, small_vit, 3).head
+    weight, bias = head.weight.detach(), head.bias.detach()
+    momentum = torch.zeros_like(weight), torch.zeros_like(bias)
+    step = 0
+    for epoch in range(2):
+        for pixels, labels in data.batches("train", 6, config.seed, epoch):
+            rate = learning_rate(step, 4, 2.0 * 6 / 256)
+            x = small_vit(normalise(pixels))  # (B, D)
+            error = (F.softmax(x @ weight.T + bias, dim=1) - F.one_hot(labels, 3)) / len(labels)  # (B, C)
+            gradients = error.T @ x + 0.1 * weight, error.sum(0)
+            momentum = tuple(0.9 * m + g for m, g in zip(momentum, gradients, strict=True))
+            weight, bias = weight - rate * momentum[0], bias - rate * momentum[1]
+            step += 1
+    torch.testing.assert_close(result.head.weight, weight, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(result.head.bias, bias, atol=1e-5, rtol=1e-5)
+
+
+def test_the_head_starts_as_the_paper_s_and_evaluation_counts_right_answers(tiny, digits, tmp_path):
+    config = resolve(Config(tune="linear", out=str(tmp_path)))
+    torch.manual_seed(0)
+    model = Tuned(config, tiny, 10)
+    assert model.head.weight.std().item() == pytest.approx((2 / 10) ** 0.5, rel=0.1)  # kaiming normal, fan_out
+    assert model.head.bias.abs().max() == 0
+    right = 0
+    for image, label in zip(*map(torch.cat, zip(*digits.batches("val", 50), strict=True)), strict=True):
+        logits = model.head(tiny(normalise(image[None])))
+        right += int(logits.argmax() == label)
+    assert evaluate(config, model, tiny, digits, "val") == pytest.approx(100 * right / 200)
+
+
+@pytest.mark.parametrize(("final", "splits"), [(True, {"test": 1}), (False, {"val": 1})])
+def test_only_the_split_that_the_protocol_names_is_evaluated_and_only_once(
+    final, splits, tiny, digits, tmp_path, monkeypatch
+):
+    seen = {}
+    original = train_module.evaluate
+
+    def watched(config, model, backbone, data, split):
+        seen[split] = seen.get(split, 0) + 1
+        return original(config, model, backbone, data, split)
+
+    monkeypatch.setattr(train_module, "evaluate", watched)
+    result = train(Config(**QUICK, final=final, out=str(tmp_path)), tiny, digits)
+    assert seen == splits
+    assert set(result.metrics) == {"epoch", "loss", "train", "status", *splits}
+
+
+@pytest.mark.slow
+def test_bf16_losses_of_a_vit_b_wide_model_stay_within_two_percent_of_fp32():
+    torch.manual_seed(0)
+    vit = ViT(image=32, patch=16, dim=768, n_layer=2, n_head=12).requires_grad_(False)
+    pixels, labels = torch.randint(0, 256, (20, 16, 32, 32, 3), dtype=torch.uint8), torch.arange(16) % 8
+    losses = {}
+    for dtype in ("fp32", "bf16"):
+        config = resolve(Config(share="deep", length=4, lr=0.1, dtype=dtype))
+        backbone = vit if dtype == "fp32" else cast(vit)
+        torch.manual_seed(0)
+        model = Tuned(config, backbone, 8).eval()  # no dropout: both see the same function
+        optimizer, losses[dtype] = make_optimizer(config, model), []
+        for batch in pixels:
+            optimizer.param_groups[0]["lr"] = 0.0003
+            loss, _ = loss_and_hits(model, backbone, batch, labels, bf16=dtype == "bf16")
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[dtype].append(loss.item())
+    np.testing.assert_allclose(losses["bf16"], losses["fp32"], rtol=0.02)
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["fp32"][-1] < 0.9 * losses["fp32"][0]
+
+
+def cast(vit: ViT) -> ViT:
+    """The same weights as `load_backbone` holds them in bf16."""
+    copy = ViT(**vit.sizes)
+    copy.load_state_dict(vit.state_dict())
+    train_module.hold_in_bf16(copy)
+    assert copy.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert copy.blocks[0].norm1.weight.dtype == torch.float32
+    return copy.requires_grad_(False)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: "-".join(str(v) for v in m.values()))
+def test_the_compiled_step_has_no_graph_break(method, small_vit):
+    config = resolve(Config(**method))
+    model = Tuned(config, small_vit, 5)
+    pixels, labels = torch.zeros(4, 16, 16, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.long)
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(loss_and_hits)(model, small_vit, pixels, labels, True)
+    assert explained.graph_break_count == 0
+    assert explained.graph_count == 1
+
+
+def test_new_runs_do_not_compile_the_step_again(tiny, digits, tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compiler(f, dynamic=dynamic, backend="eager"))
+    train(Config(**QUICK, compile=True, out=str(tmp_path / "first")), tiny, digits)
+    graphs = counters["stats"]["unique_graphs"]
+    train(Config(**QUICK | {"lr": 0.5}, compile=True, seed=7, out=str(tmp_path / "second")), tiny, digits)
+    assert counters["stats"]["unique_graphs"] == graphs == 4  # full and ragged batch, of training and of evaluation
+    train(Config(**QUICK, share="deep", compile=True, out=str(tmp_path / "third")), tiny, digits)
+    assert counters["stats"]["unique_graphs"] > graphs
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_compiled_step_computes_what_the_eager_one_does(small_vit):
+    model = Tuned(resolve(Config(share="deep", length=3)), small_vit, 5).eval()
+    pixels, labels = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8), torch.arange(8) % 5
+    gradients = []
+    for step in (loss_and_hits, torch.compile(loss_and_hits, dynamic=False)):
+        model.zero_grad()
+        step(model, small_vit, pixels, labels, False)[0].backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for compiled, eager in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-4)
+
+
+WRONG = {
+    "unknown task, with a hint": (["--task", "digitz"], "did you mean 'digits'"),
+    "unknown share": (["--share", "all"], "choose from 'none', 'simple', 'linear', 'deep'"),
+    "unknown option": (["--len", "3"], "unrecognized arguments"),
+    "zero length": (["--length", "0"], "--length is 0; it must be positive"),
+    "negative batch": (["--batch", "-1"], "--batch is -1; it must be positive"),
+    "negative weight decay": (["--wd", "-1"], "may be negative"),
+    "a learning rate that is no number": (["--lr", "nan"], "--lr is nan; it must be positive"),
+    "fraction above one": (["--fraction", "1.5"], "at most 1"),
+    "no such backbone file": (["--backbone", "nowhere.safetensors"], "nowhere.safetensors"),
+    "a backbone that is not one": (["--backbone", "README.md.npz"], "README.md.npz"),
+    "unknown timm model": (["--backbone", "vit_of_nobody"], "vit_of_nobody"),
+    "a folder that cannot be": (["--out", "README.md/run"], "README.md"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_ends_in_one_sentence_and_exit_code_2(case, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("a file, not a folder")
+    (tmp_path / "README.md.npz").write_text("no zip")
+    words, expected = WRONG[case]
+    assert main(words) == 2
+    error = capsys.readouterr().err.strip()
+    assert expected in error
+    assert error.startswith("error: ")
+    assert "\n" not in error
+
+
+def test_cuda_without_a_cuda_device_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["--device", "cuda"]) == 2
+    assert "use --device cpu" in capsys.readouterr().err
+
+
+def test_a_missing_or_corrupt_asset_is_named(capsys, monkeypatch, tmp_path):
+    import data
+    import vit
+
+    monkeypatch.setattr(vit, "TINY_WEIGHTS", tmp_path / "tiny_vit.safetensors")
+    assert main(["--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "tiny_vit.safetensors" in error
+    assert "git checkout" in error
+    (tmp_path / "tiny_vit.safetensors").write_bytes(b"\x00" * 100)
+    assert main(["--out", str(tmp_path / "run")]) == 2
+    assert "damaged" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "ASSETS", tmp_path)
+    assert main(["--out", str(tmp_path / "run")]) == 2
+    assert "git checkout" in capsys.readouterr().err
+    (tmp_path / "digits.npz").write_bytes(b"PK but not a zip")
+    assert main(["--out", str(tmp_path / "run")]) == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_a_folder_with_another_run_or_damaged_files_is_refused_and_left_alone(tiny, digits, tmp_path, capsys):
+    config = Config(**QUICK, out=str(tmp_path))
+    train(config, tiny, digits, stop=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    words = command(QUICK, tmp_path)[2:]
+    for change, expected in ((["--length", "5"], "length 4 (not 5)"), (["--share", "deep"], "share none (not deep)")):
+        assert main([*words, *change]) == 2
+        assert expected in capsys.readouterr().err
+    assert main([*words, "--task", "fashion_mnist", "--data-dir", str(tmp_path / "none")]) == 2
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    capsys.readouterr()
+    state = tmp_path / "state.pt"
+    state.write_bytes(state.read_bytes()[:200])
+    assert main(words) == 2
+    assert "cannot be resumed" in capsys.readouterr().err
+    torch.save({"model": {"head.weight": torch.zeros(3, 3)}, "optimizer": {}, "history": []}, state)
+    assert main(words) == 2  # of another shape
+    assert "cannot be resumed" in capsys.readouterr().err
+
+
+def test_a_divergent_run_says_so_exits_with_3_and_does_not_disturb_the_next(capsys, tmp_path, tiny, digits):
+    words = command(QUICK | {"lr": 1e6, "share": "deep", "epochs": 30}, tmp_path / "wild")[2:]
+    assert main(words) == 3
+    assert "diverged in epoch" in capsys.readouterr().out
+    assert json.loads((tmp_path / "wild" / "metrics.jsonl").read_text().splitlines()[-1])["status"] == "diverged"
+    assert main(words) == 3  # and again, without training
+    after = train(Config(**QUICK, out=str(tmp_path / "after")), tiny, digits)
+    alone = train(Config(**QUICK, out=str(tmp_path / "alone")), load_backbone(Config()), digits)
+    assert after.history == alone.history
+
+
+def test_a_full_disk_leaves_the_last_whole_state_and_is_one_sentence(tiny, digits, tmp_path, capsys, monkeypatch):
+    train(Config(**QUICK, out=str(tmp_path)), tiny, digits, stop=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(self, content):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main(command(QUICK, tmp_path)[2:]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_command_line_has_every_option_with_its_help():
+    text = " ".join(parser().format_help().split())
+    for option in fields(Config):
+        assert f"--{option.name.replace('_', '-')}" in text
+        assert " ".join(option.metadata["help"].split()[:3]) in text
+    assert Config(**vars(parser().parse_args(["--shared"]))) == Config(share="deep")
+    assert Config(**vars(parser().parse_args([]))) == Config()

@@ -1,0 +1,189 @@
+"""vit.py: equal to timm on the same weights, and to the mixture-of-experts formula where a prefix enters."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from prefix import Prefix
+from vit import ViT, attend, attend_fused
+
+
+def mixture_of_experts(q, k, v, prefix_k, prefix_v):
+    """The paper's formula for one head, as loops: every query mixes L constant experts and N token experts."""
+    out = torch.zeros_like(q)
+    for i in range(len(q)):
+        experts = [*prefix_v, *v]
+        scores = [math.exp(q[i] @ key / math.sqrt(len(key))) for key in [*prefix_k, *k]]
+        for score, expert in zip(scores, experts, strict=True):
+            out[i] += score / sum(scores) * expert
+    return out
+
+
+@pytest.mark.parametrize("form", [attend, attend_fused])
+def test_both_forms_of_attention_mix_token_experts_and_prefix_experts(form):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 5, 8)  # 3 x (N, Dh)
+    prefix_k, prefix_v = torch.randn(2, 4, 8)  # 2 x (L, Dh)
+    out = form(q[None, None], torch.cat([prefix_k, k])[None, None], torch.cat([prefix_v, v])[None, None])[0, 0]
+    expected = mixture_of_experts(q, k, v, prefix_k, prefix_v)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)  # fp32, another order of sums
+    assert not torch.allclose(out, mixture_of_experts(q, k, v, prefix_v, prefix_k), atol=1e-3)  # roles swapped
+
+
+def test_a_prefix_enters_the_attention_layer_as_experts_of_every_head(small_vit):
+    attention, x = small_vit.blocks[0].attn, torch.randn(2, 5, 16)
+    prefix = torch.randn(2, 2, 3, 8)  # (key or value, H, L, Dh)
+    out = attention(x, prefix, n_query=5)
+    q, k, v = (x @ attention.qkv.weight.T + attention.qkv.bias).split(16, dim=-1)  # 3 x (B, N, D)
+    for b in range(2):
+        by_head = [
+            mixture_of_experts(*(t[b, :, 8 * h : 8 * h + 8] for t in (q, k, v)), prefix[0, h], prefix[1, h])
+            for h in range(2)
+        ]
+        expected = torch.cat(by_head, dim=-1) @ attention.proj.weight.T + attention.proj.bias  # (N, D)
+        torch.testing.assert_close(out[b], expected, atol=1e-5, rtol=0)
+
+
+def random_timm(name, **options):
+    """A timm model all of whose parameters, biases and norms too, are random."""
+    model = timm.create_model(name, num_classes=0, **options).eval()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.03 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_224.orig_in21k", "vit_tiny_patch16_384", "vit_small_patch32_224"])
+def test_outputs_equal_timm_s_with_and_without_the_cls_only_last_block(name, monkeypatch):
+    source = random_timm(name)
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: source)
+    vit = ViT.from_timm(name, pretrained=False)
+    images = torch.randn(1, 3, vit.image, vit.image)
+    with torch.no_grad():
+        theirs = source.forward_features(images)  # (B, N, D)
+        torch.testing.assert_close(vit.tokens(images), theirs, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(vit(images), theirs[:, 0], atol=1e-5, rtol=1e-5)
+        vit.blocks[-1].mlp.fc2.bias[0] += 1.0
+        assert not torch.allclose(vit(images), theirs[:, 0], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}, "no class token"),
+        ("vit_tiny_patch16_224", {"init_values": 1e-5}, "layer scale"),
+        ("vit_tiny_patch16_224", {"global_pool": "map"}, "pooling head"),
+        ("vit_tiny_patch16_224", {"global_pool": "avg"}, "pooling head"),
+        ("vit_tiny_patch16_224", {"reg_tokens": 4}, "register tokens"),
+        ("vit_tiny_patch16_224", {"pre_norm": True}, "other parts"),
+        ("vit_tiny_patch16_224", {"qk_norm": True}, "other parts"),
+        ("vit_tiny_patch16_224", {"act_layer": "quick_gelu"}, "GELU"),
+        ("deit_tiny_distilled_patch16_224", {}, "distillation token"),
+        ("resnet18", {}, "is a ResNet"),
+    ],
+)
+def test_a_model_that_is_not_a_plain_vit_is_refused_in_one_sentence(name, options, reason, monkeypatch):
+    source = timm.create_model(name, num_classes=0, **options)
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: source)
+    with pytest.raises(ValueError, match=reason) as error:
+        ViT.from_timm(name, pretrained=False)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_with_the_same_weights_but_other_arithmetic_is_refused(monkeypatch):
+    source = random_timm("vit_tiny_patch16_224")
+    source.norm.eps = 1.0  # no weight tells of it; only the outputs do
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: source)
+    with pytest.raises(ValueError, match="something else"):
+        ViT.from_timm("vit_tiny_patch16_224", pretrained=False)
+
+
+def flax_checkpoint(path, dim=192, n_layer=12, n_head=3, patch=16, image=224):
+    """A random file in the layout of ViT-B_16.npz, of the shape of timm's vit_tiny_patch16_224."""
+    rng, head = np.random.default_rng(0), dim // n_head
+    shapes = {
+        "embedding/kernel": (patch, patch, 3, dim),
+        "embedding/bias": (dim,),
+        "cls": (1, 1, dim),
+        "Transformer/posembed_input/pos_embedding": (1, (image // patch) ** 2 + 1, dim),
+        "Transformer/encoder_norm/scale": (dim,),
+        "Transformer/encoder_norm/bias": (dim,),
+        "pre_logits/kernel": (dim, dim),
+        "pre_logits/bias": (dim,),
+        "head/kernel": (dim, 21843),
+        "head/bias": (21843,),
+    }
+    for i in range(n_layer):
+        block = f"Transformer/encoderblock_{i}"
+        for norm in ("LayerNorm_0", "LayerNorm_2"):
+            shapes |= {f"{block}/{norm}/scale": (dim,), f"{block}/{norm}/bias": (dim,)}
+        attention = f"{block}/MultiHeadDotProductAttention_1"
+        for part in ("query", "key", "value"):
+            shapes |= {f"{attention}/{part}/kernel": (dim, n_head, head), f"{attention}/{part}/bias": (n_head, head)}
+        shapes |= {f"{attention}/out/kernel": (n_head, head, dim), f"{attention}/out/bias": (dim,)}
+        shapes |= {f"{block}/MlpBlock_3/Dense_0/kernel": (dim, 4 * dim), f"{block}/MlpBlock_3/Dense_0/bias": (4 * dim,)}
+        shapes |= {f"{block}/MlpBlock_3/Dense_1/kernel": (4 * dim, dim), f"{block}/MlpBlock_3/Dense_1/bias": (dim,)}
+    np.savez(path, **{name: 0.05 * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()})
+
+
+def test_the_original_checkpoint_loads_as_timm_loads_it(tmp_path):
+    path = tmp_path / "ViT.npz"
+    flax_checkpoint(path)
+    source = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
+    source.load_pretrained(str(path))
+    vit, images = ViT.from_npz(path), torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(vit(images), source(images), atol=1e-5, rtol=1e-5)
+        assert vit(images).std() > 0.01
+
+
+def test_the_cls_only_last_block_changes_nothing_with_a_prefix(small_vit):
+    images, prefix = torch.randn(4, 3, 16, 16), torch.randn(3, 2, 2, 6, 8)
+    whole = small_vit.tokens(images, prefix)[:, 0]
+    torch.testing.assert_close(small_vit(images, prefix), whole, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(small_vit(images), whole, atol=1e-3)
+
+
+def test_a_prefix_per_sample_equals_each_sample_alone_with_its_prefix(small_vit):
+    images, prefix = torch.randn(3, 3, 16, 16), torch.randn(3, 2, 3, 2, 6, 8)  # (depth, 2, B, H, L, Dh)
+    alone = torch.cat([small_vit(images[b : b + 1], prefix[:, :, b]) for b in range(3)])
+    torch.testing.assert_close(small_vit(images, prefix), alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_shallow_prefix_is_a_prefix_of_the_first_layer_alone(small_vit):
+    images, prefix = torch.randn(2, 3, 16, 16), torch.randn(3, 2, 2, 6, 8)
+    x = small_vit.patch_embed(images)
+    x = torch.cat([small_vit.cls_token.expand(2, -1, -1), x], dim=1) + small_vit.pos_embed
+    x = small_vit.blocks[2](small_vit.blocks[1](small_vit.blocks[0](x, prefix[0])))
+    expected = small_vit.norm(x)[:, 0]
+    torch.testing.assert_close(small_vit(images, prefix[:1]), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(small_vit(images, prefix), expected, atol=1e-3)
+
+
+def test_simple_share_treats_its_vectors_as_the_layer_treats_tokens(small_vit):
+    prefix = Prefix(3, 2, 16, 4, "simple").eval()
+    keys, values = prefix(small_vit)[1]  # of the second layer
+    block = small_vit.blocks[1]
+    _, k, v = block.attn.heads(block.norm1(prefix.p[1:2]), slice(0, 3))  # as if p were tokens
+    torch.testing.assert_close(keys, k[0])
+    torch.testing.assert_close(values, v[0])
+
+
+def test_a_saved_vit_loads_as_it_was_and_a_damaged_file_is_refused(small_vit, tmp_path):
+    path, images = tmp_path / "backbone.safetensors", torch.randn(2, 3, 16, 16)
+    save_file(small_vit.state_dict(), path, {"vit": json.dumps(small_vit.sizes)})
+    torch.testing.assert_close(ViT.from_file(path)(images), small_vit(images), atol=0, rtol=0)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged"):
+        ViT.from_file(path)
+    save_file(small_vit.state_dict(), path, {"vit": json.dumps(small_vit.sizes | {"dim": 32})})
+    with pytest.raises(ValueError, match="another shape"):
+        ViT.from_file(path)
+    save_file(small_vit.state_dict(), path)
+    with pytest.raises(ValueError, match="no ViT"):
+        ViT.from_file(path)
