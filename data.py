@@ -1,153 +1,37 @@
-"""Tasks: where the images come from, how they are split, and how a batch of pixels is made of them.
+"""Tasks: where the images come from, how they are split, and what the paper trained them with.
 
-An image is decoded once and kept as uint8 pixels. A training batch is then an integer crop and a flip of those pixels,
-copied into one array; `normalise` makes floats of it on the device.
+    python data.py              every task: its group, classes and splits, and whether its images are here
+    python data.py cub          get a task ready, say what is in it, and draw 64 of its images
+    python data.py photos/      the same for a folder of your own images
 
-Shapes: B images; pixels are (height, width, 3) uint8 on disk and in batches, (B, 3, size, size) float for the model.
+FGVC and VTAB-1K come over the network, unless the folder given with --data-dir holds them in one of their usual
+layouts; benchmarks.py has their addresses and the published settings. How images become batches: pixels.py.
 """
 
+import argparse
 import difflib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import io
+import json
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
+from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor
-from torchvision.datasets import FashionMNIST
+from torchvision.datasets import FashionMNIST, ImageFolder
 from torchvision.datasets.utils import extract_archive
 
+import benchmarks
+from benchmarks import SPLITS
+from download import UsageError, write
+from pixels import Dataset, Split, normalise, prepare_all, stratified
+
+__all__ = ["TASKS", "Dataset", "Split", "Task", "UsageError", "find", "load", "normalise", "stratified", "write"]
+
 ASSETS = Path(__file__).parent / "assets"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-class UsageError(Exception):
-    """Something the user can mend: the command line prints it as one sentence and exits with code 2."""
-
-
-def write(path: Path, content: bytes) -> None:
-    """All of it or nothing: under a temporary name, then rename. OSError if the disk is full or read-only."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@dataclass
-class Split:
-    """Decoded images: `pixels` is one flat uint8 array, in memory or mapped from a file; `index` says where."""
-
-    pixels: np.ndarray  # (bytes,) uint8
-    index: np.ndarray  # (n, 4) int64: offset, height, width, label
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def image(self, i: int) -> np.ndarray:
-        offset, height, width, _ = self.index[i]
-        return self.pixels[offset : offset + height * width * 3].reshape(height, width, 3)  # a view, not a copy
-
-    @classmethod
-    def of(cls, images: np.ndarray, labels: np.ndarray) -> "Split":
-        """From images (n, height, width, 3) uint8 of one size and labels (n,)."""
-        n, height, width, _ = images.shape
-        offsets = np.arange(n) * height * width * 3
-        sides = np.full((n, 2), (height, width))
-        return cls(images.reshape(-1), np.column_stack([offsets, sides, labels]).astype(np.int64))
-
-
-@dataclass
-class Dataset:
-    """One task, ready for a model of `size` x `size` input. `final` is the split the protocol's last runs train on."""
-
-    task: str
-    classes: list[str]
-    size: int
-    augment: bool  # random crop and flip while training
-    final: str  # "train" (FGVC) or "trainval" (VTAB-1K)
-    splits: dict[str, Split] = field(repr=False)  # train, val, test
-
-    def images(self, split: str, fraction: float = 1.0) -> list[tuple[Split, int]]:
-        """A split's images as (where it lies, its number there); `trainval` is train and val together.
-
-        fraction: only that share of them, the same for every seed, stratified; a smaller share is part of a larger one.
-        """
-        names = ("train", "val") if split == "trainval" else (split,)
-        images = [(self.splits[name], i) for name in names for i in range(len(self.splits[name]))]
-        if fraction == 1:
-            return images
-        labels = np.array([part.index[i, 3] for part, i in images])
-        return [images[i] for i in stratified(labels, seed=0)[: round(fraction * len(images))]]
-
-    def count(self, split: str, fraction: float = 1.0) -> int:
-        return len(self.images(split, fraction))
-
-    def batches(
-        self,
-        split: str,
-        batch: int,
-        seed: int | None = None,
-        epoch: int = 0,
-        fraction: float = 1.0,
-        pin: bool = False,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of images (B, size, size, 3) uint8 and labels (B,) int64; the last batch may be smaller.
-
-        With a seed: shuffled and augmented by (seed, epoch) alone. Without: in order, centre crop.
-        The next batch is made in a thread while the caller uses this one. pin: in page-locked memory, for CUDA.
-        """
-        images, rng = self.images(split, fraction), None
-        if seed is not None:
-            rng = np.random.default_rng([seed, epoch])
-            images = [images[i] for i in rng.permutation(len(images))]
-
-        def make(start: int) -> tuple[Tensor, Tensor]:
-            chosen = images[start : start + batch]
-            pixels = np.empty((len(chosen), self.size, self.size, 3), np.uint8)  # (B, size, size, 3)
-            for out, (part, i) in zip(pixels, chosen, strict=True):
-                crop(part.image(i), self.size, out, rng if self.augment else None)
-            labels = np.array([part.index[i, 3] for part, i in chosen])  # (B,)
-            made = torch.from_numpy(pixels), torch.from_numpy(labels)
-            return tuple(t.pin_memory() for t in made) if pin else made
-
-        with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(make, 0)
-            for start in range(batch, len(images) + batch, batch):
-                ready = coming.result()
-                if start < len(images):
-                    coming = pool.submit(make, start)
-                yield ready
-
-
-def crop(image: np.ndarray, size: int, out: np.ndarray, rng: np.random.Generator | None) -> None:
-    """Copy a size x size window of image (h, w, 3) into out: at random and flipped half the time, or the centre."""
-    spare = np.array(image.shape[:2]) - size
-    if rng is None:
-        top, left = np.round(spare / 2).astype(int)  # torchvision's CenterCrop rounds so
-        out[:] = image[top : top + size, left : left + size]
-    else:
-        top, left = rng.integers(0, spare + 1)
-        out[:] = image[top : top + size, left : left + size][:, :: rng.choice((1, -1))]
-
-
-def normalise(pixels: Tensor) -> Tensor:
-    """(B, size, size, 3) uint8 -> (B, 3, size, size) float32, as torchvision's ToTensor and Normalize do."""
-    mean, std = pixels.new_tensor([IMAGENET_MEAN, IMAGENET_STD], dtype=torch.float32).view(2, 3, 1, 1)
-    return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
-
-
-def stratified(labels: np.ndarray, seed: int) -> np.ndarray:
-    """A random order of range(len(labels)) any stretch of which holds every class in its share."""
-    order = np.random.default_rng(seed).permutation(len(labels))
-    place = np.empty(len(labels))  # where in its class an image stands, from 0 to 1
-    for label in np.unique(labels):
-        members = order[labels[order] == label]
-        place[members] = (np.arange(len(members)) + 0.5) / len(members)
-    return order[np.argsort(place[order], kind="stable")]
 
 
 def resized(grey: np.ndarray, side: int) -> np.ndarray:
@@ -156,7 +40,7 @@ def resized(grey: np.ndarray, side: int) -> np.ndarray:
     return np.stack(images)[..., None].repeat(3, axis=-1)
 
 
-def load_digits(root: Path, size: int) -> dict[str, Split]:
+def load_digits(root: Path, size: int) -> dict:
     """UCI handwritten digits: 1,797 images of 8 x 8, split 800 / 200 / 797 in the style of VTAB-1K; in assets/."""
     path = ASSETS / "digits.npz"
     try:
@@ -168,10 +52,11 @@ def load_digits(root: Path, size: int) -> dict[str, Split]:
         raise UsageError(f"{path} is damaged ({error}); restore it: git checkout {path}") from error
     pixels = resized((images.astype(np.uint16) * 255 // 16).astype(np.uint8), size)
     parts = np.split(stratified(labels, seed=0), (800, 1000))
-    return {name: Split.of(pixels[i], labels[i]) for name, i in zip(("train", "val", "test"), parts, strict=True)}
+    splits = {split: Split.of(pixels[i], labels[i]) for split, i in zip(SPLITS, parts, strict=True)}
+    return {"classes": [str(digit) for digit in range(10)], "splits": splits}
 
 
-def load_fashion_mnist(root: Path, size: int) -> dict[str, Split]:
+def load_fashion_mnist(root: Path, size: int) -> dict:
     """Fashion-MNIST: 70,000 garments of 28 x 28, with a border so that a random crop moves them by up to an eighth."""
     raw = root / "FashionMNIST" / "raw"
     for folder in (root, Path("/usr/share/datasets/fashion-mnist")):  # the user's, or Debian's dataset-fashion-mnist
@@ -194,20 +79,79 @@ def load_fashion_mnist(root: Path, size: int) -> dict[str, Split]:
 
     (images, labels), (test_images, test_labels) = [(s.data.numpy(), s.targets.numpy()) for s in sets]
     train, val = np.split(stratified(labels, seed=0), (54_000,))
-    return {
+    splits = {
         "train": split(images[train], labels[train]),
         "val": split(images[val], labels[val]),
         "test": split(test_images, test_labels),
     }
+    return {"classes": sets[0].classes, "splits": splits}
+
+
+def load_folder(folder: Path, root: Path, size: int) -> dict:
+    """Your own images: train/, val/ and test/ with a folder per class, or folders of classes that are split here.
+
+    The split is 80 / 10 / 10, stratified and always the same; a run keeps it as split.json, and a split.json in the
+    folder is obeyed.
+    """
+    listing = None
+    if (folder / "train").is_dir():
+        parts = {split: classes_and_files(folder / split) for split in SPLITS}
+        classes = parts["train"][0]
+        for split, (names, _) in parts.items():
+            if strange := sorted(set(names) - set(classes)):
+                raise UsageError(f"{folder / split} has the class '{strange[0]}', but {folder / 'train'} has not")
+        files = {
+            split: [(f"{split}/{file}", classes.index(name)) for file, name in images]
+            for split, (_, images) in parts.items()
+        }
+    else:
+        classes, images = classes_and_files(folder)
+        listing = folder_listing(folder, classes, images)
+        files = {split: [(file, classes.index(name)) for file, name in listing[split].items()] for split in SPLITS}
+    splits = prepare_all(root, folder.resolve().name, folder, files, round(size * 256 / 224))
+    return {"classes": classes, "splits": splits, "listing": listing}
+
+
+def classes_and_files(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    """The classes of torchvision's ImageFolder layout, and its images as (path below folder, class)."""
+    try:
+        found = ImageFolder(folder)
+    except OSError as error:
+        raise UsageError(f"{folder} needs a folder of images per class: {error}") from error
+    return found.classes, [(Path(path).relative_to(folder).as_posix(), found.classes[i]) for path, i in found.samples]
+
+
+def folder_listing(folder: Path, classes: list[str], images: list[tuple[str, str]]) -> dict[str, dict[str, str]]:
+    """The split {split: {file: class}}: the folder's own split.json, else 80 / 10 / 10."""
+    if (folder / "split.json").exists():
+        try:
+            listing = json.loads((folder / "split.json").read_text())
+            assert all(listing[split] and set(listing[split].values()) <= set(classes) for split in SPLITS)
+        except (ValueError, KeyError, AttributeError, AssertionError) as error:
+            raise UsageError(
+                f"{folder / 'split.json'} must give train, val and test as {{file: class}}; mend or delete it"
+            ) from error
+        return listing
+    if len(images) < 10:
+        raise UsageError(f"{folder} has {len(images)} images; a split into 80 / 10 / 10 % needs at least 10")
+    order = stratified(np.array([classes.index(name) for _, name in images]), seed=0)
+    parts = np.split(order, (round(0.8 * len(images)), round(0.9 * len(images))))
+    return {split: dict(sorted(images[i] for i in part)) for split, part in zip(SPLITS, parts, strict=True)}
 
 
 @dataclass(frozen=True)
 class Task:
-    """group: which benchmark. load: (root, size) -> splits. settings: per method (length, base lr, weight decay)."""
+    """One name that --task takes.
+
+    group: which benchmark. load: (root, size) -> classes, splits. here: root -> whether the images are on this machine.
+    sizes: images in train, val, test. settings: per method of train.py (length, base lr, weight decay).
+    """
 
     group: str
-    classes: list[str]
-    load: Callable[[Path, int], dict[str, Split]]
+    load: Callable[[Path, int], dict]
+    here: Callable[[Path], bool] = lambda root: True
+    classes: int = 10
+    sizes: tuple[int, ...] = ()
     augment: bool = False
     final: str = "train"
     backbone: str = "tiny"
@@ -215,24 +159,117 @@ class Task:
     settings: dict[str, tuple[int, float, float]] = field(default_factory=dict)
 
 
-GARMENTS = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+def fgvc(name: str) -> Task:
+    rows = [benchmarks.SPLIT_FILES[f"{benchmarks.FGVC[name].splits}/{split}"] for split in SPLITS]
+    return Task(
+        "FGVC",
+        partial(benchmarks.load_fgvc, name),
+        lambda root: benchmarks.fgvc_images(name, root, benchmarks.fgvc_splits(name, root, download=False)) is not None,
+        classes=rows[0][2],
+        sizes=tuple(images for _, images, _ in rows),
+        augment=True,
+        backbone=benchmarks.IN21K,
+        settings=dict(zip(benchmarks.METHODS, benchmarks.PUBLISHED[name], strict=True)),
+    )
+
+
+def vtab(name: str, group: str, classes: int, test: int) -> Task:
+    return Task(
+        f"VTAB-1K {group}",
+        partial(benchmarks.load_vtab, name, classes),
+        lambda root: benchmarks.vtab_images(name, root) is not None,
+        classes=classes,
+        sizes=(800, 200, test),
+        final="trainval",
+        backbone=benchmarks.IN21K,
+    )
+
+
 DIGITS_SETTINGS = {}
 TASKS: dict[str, Task] = {
-    "digits": Task("demo", [str(d) for d in range(10)], load_digits, final="trainval", settings=DIGITS_SETTINGS),
-    "fashion_mnist": Task("demo", GARMENTS, load_fashion_mnist, augment=True),
+    "digits": Task("demo", load_digits, sizes=(800, 200, 797), final="trainval", settings=DIGITS_SETTINGS),
+    "fashion_mnist": Task(
+        "demo",
+        load_fashion_mnist,
+        lambda root: (root / "FashionMNIST").exists(),
+        sizes=(54000, 6000, 10000),
+        augment=True,
+    ),
+    **{name: fgvc(name) for name in benchmarks.FGVC},
+    **{name: vtab(name, group, *row) for group, rows in benchmarks.VTAB_TASKS.items() for name, row in rows.items()},
 }
 
 
 def find(name: str) -> Task:
-    """The task of that name. UsageError, with the names there are, if there is none."""
+    """The task of that name, or of that folder of images. UsageError, with the names there are, if there is none."""
     if name in TASKS:
         return TASKS[name]
+    if Path(name).is_dir():
+        return Task("your images", partial(load_folder, Path(name)), augment=True, backbone=benchmarks.IN21K)
     close = difflib.get_close_matches(name, TASKS, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    raise UsageError(f"no task '{name}'; {hint}tasks: {', '.join(TASKS)}")
+    raise UsageError(f"no task '{name}', nor a folder; {hint}tasks: {', '.join(TASKS)}")
 
 
 def load(name: str, root: str | Path = "data", size: int = 224) -> Dataset:
     """Everything a run needs of a task, for a model of size x size input. UsageError says what the user can do."""
     task = find(name)
-    return Dataset(name, task.classes, size, task.augment, task.final, task.load(Path(root), size))
+    return Dataset(name, size=size, augment=task.augment, final=task.final, **task.load(Path(root), size))
+
+
+def table(root: Path) -> str:
+    """One line per task: name, group, classes, split sizes and where its images are."""
+    lines = [f"{'task':<22}{'group':<22}{'classes':>7}{'train':>8}{'val':>7}{'test':>8}  images"]
+    for name, task in TASKS.items():
+        manual = name in benchmarks.FGVC and benchmarks.FGVC[name].manual
+        state = "ready" if task.here(root) else manual or "downloaded at first use"
+        train, val, test = task.sizes
+        lines.append(f"{name:<22}{task.group:<22}{task.classes:>7}{train:>8,}{val:>7,}{test:>8,}  {state}")
+    return "\n".join(lines)
+
+
+def describe(data: Dataset) -> str:
+    lines = [f"{data.task}: {len(data.classes)} classes"]
+    for name, split in data.splits.items():
+        per_class = np.bincount(split.index[:, 3], minlength=len(data.classes))
+        span = f"{per_class.min()} to {per_class.max()} per class"
+        lines.append(f"  {name:<6}{len(split):>7,} images, {span}, {split.pixels.nbytes / 1e6:,.1f} MB of pixels")
+    return "\n".join(lines)
+
+
+def contact_sheet(data: Dataset) -> bytes:
+    """A PNG of 64 training images with their classes."""
+    split, figure = data.splits["train"], Figure(figsize=(16, 18), layout="constrained")
+    for axes, i in zip(figure.subplots(8, 8).flat, stratified(split.index[:, 3], seed=0), strict=False):
+        axes.imshow(split.image(i))
+        axes.set_title(data.classes[split.index[i, 3]][:24], fontsize=8)
+    for axes in figure.axes:
+        axes.axis("off")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=80)
+    return buffer.getvalue()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="List the tasks, or get one ready.", allow_abbrev=False)
+    parser.add_argument("task", nargs="?", help="a task, or a folder of images; without it: the list of tasks")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets are kept (default: data)")
+    parser.add_argument("--size", type=int, default=224, help="input size of the model (default: 224)")
+    options = parser.parse_args(argv)
+    try:
+        if options.task is None:
+            print(table(options.data_dir))
+            return 0
+        data = load(options.task, options.data_dir, options.size)
+        sheet = options.data_dir / f"{Path(options.task).resolve().name}.png"
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        write(sheet, contact_sheet(data))
+        print(f"{describe(data)}\n  64 of the training images: {sheet}")
+    except (UsageError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""Pixels: an image is decoded once per machine, and a batch is integer crops and flips of what was kept.
+
+Decoding and resizing a JPEG takes a hundred times as long as copying a window of it, and gives the same pixels in every
+epoch. So `prepare` does it once, in parallel, into one file: the uint8 pixels of all images of a split, one after
+another, then the index (offset, height, width, label), then the number of images. The file is mapped, not read: memory
+holds what a batch touches, however large the file. `normalise` makes floats of a batch on the device.
+
+Shapes: B images; pixels are (height, width, 3) uint8 on disk and in batches, (B, 3, size, size) float for the model.
+"""
+
+import contextlib
+import hashlib
+import mmap
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.datasets.folder import pil_loader
+from torchvision.transforms import Resize
+from tqdm import tqdm
+
+from download import UsageError, need, once
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what Pillow raises
+Rule = int | tuple[int, int]  # of resizing: the short side, or (height, width)
+
+
+@dataclass
+class Split:
+    """Decoded images: `pixels` is one flat uint8 array, in memory or mapped from a file; `index` says where."""
+
+    pixels: np.ndarray  # (bytes,) uint8
+    index: np.ndarray  # (n, 4) int64: offset, height, width, label
+    mapping: mmap.mmap | None = None  # of the file that holds `pixels`
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def image(self, i: int) -> np.ndarray:
+        offset, height, width, _ = self.index[i]
+        return self.pixels[offset : offset + height * width * 3].reshape(height, width, 3)  # a view, not a copy
+
+    @cached_property
+    def stack(self) -> np.ndarray | None:
+        """All images as one view (n, height, width, 3) if they have one size, else None."""
+        height, width = self.index[0, 1:3]
+        return self.pixels.reshape(-1, height, width, 3) if (self.index[:, 1:3] == (height, width)).all() else None
+
+    def release(self) -> None:
+        """Forget the file's pages that were touched, so that an epoch does not pile up the whole file in memory."""
+        if self.mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self.mapping.madvise(mmap.MADV_DONTNEED)
+
+    @classmethod
+    def of(cls, images: np.ndarray, labels: np.ndarray) -> "Split":
+        """From images (n, height, width, 3) uint8 of one size and labels (n,)."""
+        n, height, width, _ = images.shape
+        offsets = np.arange(n) * height * width * 3
+        sides = np.full((n, 2), (height, width))
+        return cls(images.reshape(-1), np.column_stack([offsets, sides, labels]).astype(np.int64))
+
+    @classmethod
+    def open(cls, path: Path) -> "Split":
+        """What `prepare` wrote, mapped. UsageError if it is not whole."""
+        n, end, index = 0, 0, np.zeros((0, 4), np.int64)
+        with contextlib.suppress(ValueError), path.open("rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            raw = np.frombuffer(mapping, np.uint8)
+            n = int(raw[-8:].copy().view(np.int64)[0])
+            end = len(raw) - 8 - 32 * n
+            index = raw[end:-8].copy().view(np.int64).reshape(n, 4)
+        if n < 1 or (index[:, 1] * index[:, 2]).sum() * 3 != end:
+            raise UsageError(f"{path} is damaged; delete it, and the next start makes it anew")
+        return cls(raw[:end], index, mapping)
+
+
+@dataclass
+class Files:
+    """Image files as a map-style data set of decoded and resized pixels, for DataLoader's worker processes."""
+
+    paths: list[str]
+    rule: Rule
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> np.ndarray | str:
+        """Pixels (height, width, 3) uint8, as torchvision's ImageFolder and Resize give them; else the fault."""
+        try:
+            return np.asarray(Resize(self.rule)(pil_loader(self.paths[i])))
+        except UNREADABLE as error:
+            return f"{self.paths[i]} cannot be read as an image ({error}); put a whole copy in its place"
+
+
+def prepare(cache: Path, name: str, base: Path, files: list[tuple[str, int]], rule: Rule) -> Split:
+    """Images `files` (path below `base`, label), decoded once per machine into a file in `cache` and mapped from there.
+
+    The file is named after everything that decides its content: the rule of resizing, and of every image path, label,
+    size and time of change. UsageError for an image that is missing or unreadable, and for a full disk.
+    """
+    key = hashlib.sha256(repr(rule).encode())
+    for file, label in files:
+        try:
+            status = os.stat(f"{base}/{file}")
+        except OSError as error:
+            raise UsageError(
+                f"{base}/{file} belongs to {name} but cannot be had ({error.strerror}); put it there, or delete "
+                f"{base} if it was downloaded, and the next start does it again"
+            ) from error
+        key.update(os.fsencode(f"{file}\n{label} {status.st_size} {status.st_mtime_ns}\n"))
+    paths, labels = [f"{base}/{file}" for file, _ in files], [label for _, label in files]
+    side = f"{rule}" if isinstance(rule, int) else "x".join(map(str, rule))
+    path = cache / f"{name}-{side}-{key.hexdigest()[:16]}.pixels"
+    return Split.open(once(path, lambda temporary: decode(temporary, name, Files(paths, rule), labels)))
+
+
+def prepare_all(
+    root: Path, task: str, base: Path, files: dict[str, list[tuple[str, int]]], rule: Rule
+) -> dict[str, Split]:
+    return {split: prepare(root / "cache", f"{task}-{split}", base, part, rule) for split, part in files.items()}
+
+
+def decode(temporary: Path, name: str, files: Files, labels: list[int]) -> None:
+    """Write the file that `Split.open` reads. Worker processes decode; memory holds a few images of each."""
+    least = files.rule if isinstance(files.rule, tuple) else (files.rule, files.rule)
+    need(len(files) * least[0] * least[1] * 3, temporary.parent)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(cores, len(files) // 64)  # a few images are not worth a process
+    images = chain.from_iterable(DataLoader(files, batch_size=8, num_workers=workers, collate_fn=list))
+    index, offset = np.empty((len(files), 4), np.int64), 0
+    with temporary.open("wb") as out:
+        for i, image in enumerate(tqdm(images, f"decoding {name}", len(files), unit="img", delay=2)):
+            if isinstance(image, str):
+                raise UsageError(image)
+            index[i] = offset, *image.shape[:2], labels[i]
+            offset += out.write(image.data)
+        out.write(index.tobytes() + np.int64(len(files)).tobytes())
+        out.flush()
+        os.fsync(out.fileno())  # a power cut after the renaming finds it on the disk
+
+
+@dataclass
+class Dataset:
+    """One task, ready for a model of `size` x `size` input. `final` is the split the protocol's last runs train on."""
+
+    task: str
+    classes: list[str]
+    size: int
+    augment: bool  # random crop and flip while training
+    final: str  # "train" (FGVC) or "trainval" (VTAB-1K)
+    splits: dict[str, Split] = field(repr=False)  # train, val, test
+    listing: dict[str, dict[str, str]] | None = field(default=None, repr=False)  # split -> file -> class, if made here
+
+    def images(self, split: str, fraction: float = 1.0) -> list[tuple[Split, int]]:
+        """A split's images as (where it lies, its number there); `trainval` is train and val together.
+
+        fraction: only that share of them, the same for every seed, stratified; a smaller share is part of a larger one.
+        """
+        names = ("train", "val") if split == "trainval" else (split,)
+        images = [(self.splits[name], i) for name in names for i in range(len(self.splits[name]))]
+        if fraction == 1:
+            return images
+        labels = np.array([part.index[i, 3] for part, i in images])
+        return [images[i] for i in stratified(labels, seed=0)[: round(fraction * len(images))]]
+
+    def count(self, split: str, fraction: float = 1.0) -> int:
+        return len(self.images(split, fraction))
+
+    def batches(
+        self,
+        split: str,
+        batch: int,
+        seed: int | None = None,
+        epoch: int = 0,
+        fraction: float = 1.0,
+        pin: bool = False,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs of images (B, size, size, 3) uint8 and labels (B,) int64; the last batch may be smaller.
+
+        With a seed: shuffled and augmented by (seed, epoch) alone. Without: in order, centre crop.
+        The next batch is made in a thread while the caller uses this one. pin: in page-locked memory, for CUDA.
+        """
+        images, rng = self.images(split, fraction), None
+        if seed is not None:
+            rng = np.random.default_rng([seed, epoch])
+            images = [images[i] for i in rng.permutation(len(images))]
+
+        def make(start: int) -> tuple[Tensor, Tensor]:
+            chosen = images[start : start + batch]
+            made = gather(chosen, self.size, rng if self.augment else None)
+            return tuple(t.pin_memory() for t in made) if pin else made
+
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(make, 0)
+            for start in range(batch, len(images) + batch, batch):
+                ready = coming.result()
+                if start < len(images):
+                    coming = pool.submit(make, start)
+                yield ready
+
+
+def gather(images: list[tuple[Split, int]], size: int, rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
+    """One batch: pixels (B, size, size, 3) uint8 and labels (B,) int64. rng decides random crops and flips."""
+    pixels = np.empty((len(images), size, size, 3), np.uint8)  # (B, size, size, 3)
+    parts = {id(part): part for part, _ in images}.values()
+    if rng is None and all(part.stack is not None and part.stack.shape[1:3] == (size, size) for part in parts):
+        for part in parts:  # nothing to cut: all of a part's images at once
+            rows = [row for row, (other, _) in enumerate(images) if other is part]
+            pixels[rows] = part.stack[[images[row][1] for row in rows]]
+    else:
+        for out, (part, i) in zip(pixels, images, strict=True):
+            crop(part.image(i), size, out, rng)
+    labels = np.array([part.index[i, 3] for part, i in images])  # (B,)
+    for part in parts:
+        part.release()
+    return torch.from_numpy(pixels), torch.from_numpy(labels)
+
+
+def crop(image: np.ndarray, size: int, out: np.ndarray, rng: np.random.Generator | None) -> None:
+    """Copy a size x size window of image (h, w, 3) into out: at random and flipped half the time, or the centre."""
+    spare = np.array(image.shape[:2]) - size
+    if rng is None:
+        top, left = np.round(spare / 2).astype(int)  # torchvision's CenterCrop rounds so
+        out[:] = image[top : top + size, left : left + size]
+    else:
+        top, left = rng.integers(0, spare + 1)
+        out[:] = image[top : top + size, left : left + size][:, :: rng.choice((1, -1))]
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """(B, size, size, 3) uint8 -> (B, 3, size, size) float32, as torchvision's ToTensor and Normalize do."""
+    mean, std = pixels.new_tensor([IMAGENET_MEAN, IMAGENET_STD], dtype=torch.float32).view(2, 3, 1, 1)
+    return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+def stratified(labels: np.ndarray, seed: int) -> np.ndarray:
+    """A random order of range(len(labels)) any stretch of which holds every class in its share."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    place = np.empty(len(labels))  # where in its class an image stands, from 0 to 1
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return order[np.argsort(place[order], kind="stable")]
