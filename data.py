@@ -204,7 +204,10 @@ def load_fashion_mnist(root: Path, size: int) -> dict[str, Split]:
 
 @dataclass(frozen=True)
 class Task:
-    """group: which benchmark. load: (root, size) -> splits. settings: per method (length, base lr, weight decay)."""
+    """group: which benchmark. load: (root, size) -> splits. settings: per method (length, base lr, weight decay).
+
+    sizes: the number of images in train, val and test, known before anything is downloaded.
+    """
 
     group: str
     classes: list[str]
@@ -214,13 +217,23 @@ class Task:
     backbone: str = "tiny"
     epochs: int = 100
     settings: dict[str, tuple[int, float, float]] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
 
 
 GARMENTS = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 DIGITS_SETTINGS = {}
+DIGITS_SIZES = {"train": 800, "val": 200, "test": 797}
+GARMENTS_SIZES = {"train": 54_000, "val": 6_000, "test": 10_000}
 TASKS: dict[str, Task] = {
-    "digits": Task("demo", [str(d) for d in range(10)], load_digits, final="trainval", settings=DIGITS_SETTINGS),
-    "fashion_mnist": Task("demo", GARMENTS, load_fashion_mnist, augment=True),
+    "digits": Task(
+        "demo",
+        [str(d) for d in range(10)],
+        load_digits,
+        final="trainval",
+        settings=DIGITS_SETTINGS,
+        sizes=DIGITS_SIZES,
+    ),
+    "fashion_mnist": Task("demo", GARMENTS, load_fashion_mnist, augment=True, sizes=GARMENTS_SIZES),
 }
 
 
