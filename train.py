@@ -275,7 +275,7 @@ def train(config: Config, backbone: ViT, data: Dataset, stop: int | None = None)
     return Result(history[-1].get("status", "running"), history[-1], history, model, Path(config.out))
 
 
-BAR = {"mininterval": 0.2 if sys.stderr.isatty() else 30, "dynamic_ncols": True, "smoothing": 0.05}
+BAR = {"mininterval": 0.2 if sys.stderr.isatty() else 30, "dynamic_ncols": True, "smoothing": 0.05, "leave": None}
 
 
 def summary(history: list[dict]) -> str:
@@ -290,16 +290,23 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see --help")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line, made from Config."""
-    made = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for f in fields(Config):
+def add_options(made: argparse.ArgumentParser, options: type) -> None:
+    """A command-line option for every field of a dataclass; a list takes one value or more."""
+    for f in fields(options):
         kind = {"type": get_args(f.type)[0] if get_args(f.type) else f.type}
         if bool in (f.type, kind["type"]):
             kind = {"action": argparse.BooleanOptionalAction}
         elif get_origin(f.type) is Literal:
             kind = {"choices": get_args(f.type)}
+        elif get_origin(f.type) is list:
+            kind["nargs"] = "+"
         made.add_argument(f"--{f.name.replace('_', '-')}", help=f.metadata["help"], **kind)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, made from Config."""
+    made = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    add_options(made, Config)
     made.add_argument("--shared", dest="share", action="store_const", const="deep", help="the same as --share deep")
     return made
 
