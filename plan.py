@@ -1,14 +1,14 @@
 """What a sweep costs before it is started: runs, image-steps, floating-point operations, hours.
 
-Only matrix products count, 2 operations per multiply-add; they are more than nine tenths of a ViT's time. With N tokens,
-width D, MLP width M and L prefix experts, a block that computes n of its tokens needs per image
+Only matrix products count, 2 operations per multiply-add. With N tokens, width D, MLP width M and L prefix experts,
+a block that computes n of its tokens needs per image
     linear     2 D (2 n D + 2 N D + 2 n M)       query and projection of n tokens, key and value of all N, MLP of n
     attention  4 D n (L + N)                     scores, and the mixture of values
-with n = N, and n = 1 in the last block. Backward a frozen linear layer costs as much again (gradients of its input only)
-and attention twice as much; below the first prefix nothing is needed. Full fine-tuning costs twice the forward pass.
+with n = N, and n = 1 in the last block. Backward, a frozen linear layer costs as much again (only its input has a
+gradient) and attention twice as much; below the first prefix nothing is needed. Full fine-tuning costs three times
+the forward pass.
 """
 
-import math
 import time
 from dataclasses import replace
 
@@ -98,9 +98,9 @@ def measure(config: Config, vit: ViT, classes: int, seconds: float = 3.0) -> flo
 
 
 def show(cells: list[list[tuple[Config, int, int]]], img_per_s: float | None) -> None:
-    """Print the plan, a line per cell. Speed is measured once per backbone, and taken to be so many FLOP/s in all cells."""
+    """Print the plan, a line per cell. The speed is measured in a backbone's first cell; others have as many FLOP/s."""
     vits, speeds, total = {}, {}, [0, 0, 0.0, 0.0]
-    print(f"{'task':<16}{'method':<16}{'L':>4}{'share':>7}{'runs':>6}{'image-steps':>15}{'PFLOP':>12}{'hours':>9}")
+    print(f"{'task':<16}{'method':<16}{'L':>4}{'fraction':>9}{'runs':>6}{'image-steps':>15}{'PFLOP':>12}{'hours':>9}")
     for runs in cells:
         config = runs[0][0]
         key = (config.backbone, config.tune == "full")
@@ -113,9 +113,9 @@ def show(cells: list[list[tuple[Config, int, int]]], img_per_s: float | None) ->
         hours = flops / (training * img_per_s if img_per_s else speeds[key]) / 3600
         total = [a + b for a, b in zip(total, (count, steps, flops, hours), strict=True)]
         length = config.length if config.tune == "prefix" else ""
-        row = f"{config.task:<16}{method(config):<16}{length:>4}{config.fraction:>7g}{count:>6}{steps:>15,}"
+        row = f"{config.task:<16}{method(config):<16}{length:>4}{config.fraction:>9g}{count:>6}{steps:>15,}"
         print(f"{row}{flops / 1e15:>12.4g}{hours:>9.3g}")
-    print(f"{'together':<43}{total[0]:>6}{total[1]:>15,}{total[2] / 1e15:>12.4g}{total[3]:>9.3g}")
+    print(f"{'together':<45}{total[0]:>6}{total[1]:>15,}{total[2] / 1e15:>12.4g}{total[3]:>9.3g}")
     source = "as stated" if img_per_s else f"measured here in {'bf16' if use_bf16(config, vits[key]) else 'fp32'}"
     rate = img_per_s or speeds[key] / training
     print(f"hours: on one device, at {rate:,.0f} training images/s in the last line ({source}); evaluation is included")

@@ -167,37 +167,44 @@ def limits(rows: list[Row]) -> tuple[float, float]:
     return max(0.0, math.floor(low - 2 * room)), min(101.0, math.ceil(high + room))
 
 
-def bars(axes: Axes, rows: list[Row]) -> None:
+def labels(rows: list[Row]) -> list[str]:
+    """What a row is called in a figure: its method, with L only if one method was swept over several."""
+    swept = len({(row.task, row.method, row.fraction) for row in rows}) < len(rows)
+    return [row.name if swept else row.method for row in rows]
+
+
+def bars(axes: Axes, rows: list[Row], tasks: list[str]) -> None:
     """A group of bars per task, a bar per method, with standard deviations; a black line is the paper's figure."""
-    tasks, names = list(dict.fromkeys(row.task for row in rows)), list(dict.fromkeys(row.name for row in rows))
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        mine = [row for row in rows if row.name == name]
-        at = [tasks.index(row.task) + (i - (len(names) - 1) / 2) * width for row in mine]
+    names = labels(rows)
+    series = list(dict.fromkeys(names))
+    width = 0.8 / len(series)
+    for i, name in enumerate(series):
+        mine = [row for row, label in zip(rows, names, strict=True) if label == name]
+        at = [tasks.index(row.task) + (i - (len(series) - 1) / 2) * width for row in mine]
         means = [mean(row.accuracies) for row in mine]
         spread = [stdev(row.accuracies) if len(row.accuracies) > 1 else 0.0 for row in mine]
-        colour, fade = COLOURS[mine[0].method.removesuffix("-shallow")], 1 - 0.5 * i / len(names)
-        drawn = axes.bar(at, means, width * 0.92, yerr=spread, capsize=3, label=name, color=colour, alpha=fade)
+        colour, alpha = COLOURS[mine[0].method.removesuffix("-shallow")], 1 - 0.5 * i / len(series)
+        drawn = axes.bar(at, means, width * 0.92, yerr=spread, capsize=3, label=name, color=colour, alpha=alpha)
         axes.bar_label(drawn, [f"{m:.1f}" for m in means], padding=2, fontsize=8)
         for x, row in zip(at, mine, strict=True):
             if row.published:
                 axes.hlines(row.published, x - width / 2, x + width / 2, color="black", linewidth=1.5)
     axes.set_xticks(range(len(tasks)), tasks, rotation=30 if len(tasks) > 8 else 0)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, frameon=False)
 
 
 def bar_figure(rows: list[Row]) -> Figure:
-    """As in the paper: one panel for prefixes in the first layer, one for all layers."""
-    most = max(row.fraction for row in rows)
-    rows = [row for row in rows if row.fraction == most]
+    """As in the paper: a group per task, one panel for prefixes in the first layer, one for all layers."""
+    most = {task: max(row.fraction for row in rows if row.task == task) for task in dict.fromkeys(r.task for r in rows)}
+    rows = [row for row in rows if row.fraction == most[row.task]]
     panels = {"first layer": [row for row in rows if row.method.endswith("-shallow")]}
-    panels["all layers"] = [row for row in rows if row not in panels["first layer"]]
+    panels["all layers"] = [row for row in rows if not row.method.endswith("-shallow")]
     panels = {title: shown for title, shown in panels.items() if shown}
-    tasks = len({row.task for row in rows})
-    figure = Figure(figsize=(max(4.5, 1.5 + 1.4 * tasks) * len(panels), 4), layout="constrained")
+    width = max(4.5, 1 + 0.45 * len(rows) / len(panels))
+    figure = Figure(figsize=(width * len(panels), 4), layout="constrained")
     low, high = limits(rows)
     for axes, (title, shown) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        bars(axes, shown)
+        bars(axes, shown, list(most))
         axes.set(title=title, ylim=(low, high))
         axes.set_ylabel("test accuracy, %" + (f" (axis starts at {low:g})" if low else ""))
     return figure
@@ -205,16 +212,17 @@ def bar_figure(rows: list[Row]) -> Figure:
 
 def fraction_figure(rows: list[Row]) -> Figure:
     """Accuracy against the number of training images, a panel per task: the paper's claim about sample efficiency."""
-    tasks = list(dict.fromkeys(row.task for row in rows))
+    tasks, names = list(dict.fromkeys(row.task for row in rows)), labels(rows)
     figure = Figure(figsize=(5 * len(tasks), 4), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        for name in dict.fromkeys(row.name for row in rows if row.task == task):
-            mine = [row for row in rows if (row.task, row.name) == (task, name)]
+        for name in dict.fromkeys(names):
+            mine = [row for row, label in zip(rows, names, strict=True) if (row.task, label) == (task, name)]
             spread = [stdev(row.accuracies) if len(row.accuracies) > 1 else 0.0 for row in mine]
-            style = "--" if "-shallow" in name else "-"
-            colour = COLOURS[mine[0].method.removesuffix("-shallow")]
             counts, means = [row.images for row in mine], [mean(row.accuracies) for row in mine]
-            axes.errorbar(counts, means, spread, marker="o", capsize=3, label=name, color=colour, linestyle=style)
+            method, style = name.split(",")[0].removesuffix("-shallow"), "--" if "-shallow" in name else "-"
+            axes.errorbar(
+                counts, means, spread, marker="o", capsize=3, label=name, color=COLOURS[method], linestyle=style
+            )
         shown = sorted({row.images for row in rows if row.task == task})
         axes.set(title=task, xscale="log", xlabel="training images", ylabel="test accuracy, %")
         axes.set_xticks(shown, [str(n) for n in shown])

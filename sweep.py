@@ -4,38 +4,39 @@
     python sweep.py --tasks fgvc --methods none-shallow simple-shallow deep-shallow none simple deep
     python sweep.py --tasks paper --dry-run          what that costs, before it is started
 
-The protocol (Jia et al., ECCV 2022; Le et al., ICLR 2025, section 5): train every pair of 10 learning rates and 4 weight
-decays on the train split, take the one with the best val accuracy after its last epoch (ties: the smaller learning
-rate, then the smaller weight decay), train it with five seeds on the split the protocol names, and test each once.
+The protocol (Jia et al., ECCV 2022; Le et al., ICLR 2025, section 5): train all pairs of 10 learning rates and 4 weight
+decays on the train split; take the one with the best val accuracy after its last epoch (ties: the smaller learning
+rate, then the smaller weight decay); train it with five seeds on the split the protocol names, and test each once.
 
-A run is small and the backbone never changes. So a `Worker` keeps one backbone, one decoded data set and one compiled
-step, and all runs pass through it, one after another; `--ray` has a worker per GPU, or per share of the CPU cores. What
-a run found is one line of OUT/TASK/results.jsonl: a sweep that was killed goes on, one that is finished only redraws.
+All runs pass through one process on one backbone and one decoded data set (worker.py), or with `--ray` through several.
+What a run found is one line of OUT/TASK/results.jsonl: a sweep that was killed goes on, a finished one only redraws.
 """
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-import checkpoint
 import plan
 import report
-from data import TASKS, UsageError, find, load, write
+from data import TASKS, UsageError, find, write
 from prefix import SHARE
-from train import Config, Parser, add_options, evaluate, load_backbone, opt, resolve, train
+from train import BAR, Config, Parser, add_options, opt, resolve
+from worker import Worker, in_turn, on_ray, settings
 
 METHODS = {share: {"share": share} for share in SHARE}
 METHODS |= {f"{share}-shallow": {"share": share, "shallow": True} for share in SHARE}
@@ -105,23 +106,27 @@ def expand(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(tasks))
 
 
-def cells(sweep: Sweep) -> list[Cell]:
-    """All rows of the table, task by task. UsageError for options that cannot be."""
+def check(sweep: Sweep) -> None:
+    """UsageError for options that no sweep can have; what no run can have, `configure` finds."""
     for name in ("tasks", "methods", "fraction", "lr", "wd"):
         if not getattr(sweep, name):
             raise UsageError(f"--{name} needs at least one value")
     if unknown := [method for method in sweep.methods if method not in METHODS]:
         raise UsageError(f"no method '{unknown[0]}'; methods: {', '.join(METHODS)}")
-    made = {}  # a dict keeps the order and each cell once
-    for task in expand(sweep.tasks):
-        for fraction in sorted(sweep.fraction):
-            for method in sweep.methods:
-                lengths = sweep.length if "tune" not in METHODS[method] else ()
-                made |= {Cell(task, method, length, fraction): None for length in lengths or (None,)}
+    if sweep.img_per_s is not None and not 0 < sweep.img_per_s < math.inf:
+        raise UsageError(f"--img-per-s is {sweep.img_per_s}; it must be positive")
+
+
+def cells(sweep: Sweep) -> list[Cell]:
+    """All rows of the table, task by task. UsageError for options that cannot be."""
+    check(sweep)
+    made = {}  # a dict keeps the order, and each cell once
+    for task, fraction, method in product(expand(sweep.tasks), sorted(sweep.fraction), sweep.methods):
+        lengths = sweep.length if "tune" not in METHODS[method] else ()
+        made |= {Cell(task, method, length, fraction): None for length in lengths or (None,)}
     for cell in made:
-        for lr in sweep.lr:
-            for wd in sweep.wd:
-                configure(sweep, cell, lr=lr, wd=wd)  # raises for a value that no run can have
+        grid(sweep, cell)
+        finals(sweep, cell, sweep.lr[0], sweep.wd[0])
     return list(made)
 
 
@@ -137,49 +142,8 @@ def configure(sweep: Sweep, cell: Cell, **values) -> Config:
     return replace(config, out=str(folder(sweep, cell.task) / "runs" / Path(config.out).name))
 
 
-class Worker:
-    """Performs runs one after another on one backbone, one decoded data set and one compiled step, which it keeps."""
-
-    def __init__(self, threads: int):
-        torch.set_num_threads(threads)  # the order of a sum, and so its last bit, depends on it
-        torch.set_float32_matmul_precision("high")
-        self.kept = {}
-
-    def keep(self, what: str, key: tuple, make: Callable):
-        """What was made for `key`; for another key it is made anew, and the old one goes."""
-        if self.kept.get(what, (None, None))[0] != key:
-            self.kept[what] = key, make()
-        return self.kept[what][1]
-
-    def run(self, config: Config, stop: int | None = None) -> dict:
-        """Perform one run, or its first `stop` epochs: the line of results.jsonl it leaves."""
-        key = (config.backbone, config.device, config.dtype, config.tune == "full")
-        backbone = self.keep("backbone", key, lambda: load_backbone(config))
-        data = self.keep(
-            "data", (config.task, backbone.image), lambda: load(config.task, config.data_dir, backbone.image)
-        )
-        if config.compile:  # steps of other shapes would fill up the compiler's list of variants
-            shapes = (*key, config.tune, config.share, config.shallow, config.length, config.batch)
-            self.keep("compiled", shapes, torch.compiler.reset)
-        if data.count(data.final if config.final else "train", config.fraction) < 1:
-            raise UsageError(f"--fraction {config.fraction:g} leaves no image of {config.task}; take a larger one")
-        result = train(config, backbone, data, stop)
-        line = {"settings": settings(config), "stop": stop, "status": result.status, "epochs": result.metrics["epoch"]}
-        if result.status != "diverged":
-            split = "test" if config.final else "val"
-            short = result.status == "running"
-            line[split] = evaluate(config, result.model, backbone, data, split) if short else result.metrics[split]
-        sizes = [sum(p.numel() for p in module.parameters()) for module in (result.model, backbone)]
-        return line | {"trained": sizes[0], "backbone": sizes[1]}
-
-
-def settings(config: Config) -> dict:
-    """All that decides a run's outcome."""
-    return {name: value for name, value in asdict(config).items() if name not in checkpoint.UNSEEN}
-
-
 class Results:
-    """results.jsonl: a line per finished run (or stage of a run, with --halving). Only the sweep's main process writes."""
+    """results.jsonl: a line per finished run, or per stage of a run with --halving. Only the main process writes it."""
 
     def __init__(self, path: Path):
         self.path, self.lines = path, {}
@@ -223,7 +187,7 @@ def best(lines: list[dict], count: int) -> list[dict]:
 
 
 def grid(sweep: Sweep, cell: Cell) -> list[Config]:
-    pairs = [(lr, wd) for lr in dict.fromkeys(sweep.lr) for wd in dict.fromkeys(sweep.wd)]
+    pairs = product(dict.fromkeys(sweep.lr), dict.fromkeys(sweep.wd))
     return [configure(sweep, cell, lr=lr, wd=wd, final=False) for lr, wd in pairs]
 
 
@@ -251,47 +215,6 @@ def study(sweep: Sweep, cell: Cell, results: Results, runner: Callable, bar: tqd
     return report.Row(cell.task, cell.method, length, cell.fraction, images, tried, ranked, tested)
 
 
-def in_turn(worker: Worker, configs: list[Config], stop: int | None) -> Iterator[dict]:
-    for config in configs:
-        yield worker.run(config, stop)
-
-
-def on_ray(address: str, stack: ExitStack) -> Callable:
-    """A runner whose workers are Ray actors: one per GPU, or one per share of the CPU cores as large as this process's.
-
-    A CPU worker has as many threads as PyTorch has here, so that its sums have the same last bit. A worker that dies is
-    started again, and its run goes on from its checkpoint. Several machines need OUT and --data-dir on a shared disk.
-    """
-    try:
-        import ray
-        from ray.util import ActorPool
-    except ImportError:
-        raise UsageError("--ray needs Ray, which is not installed: pip install ray") from None
-    code = {"working_dir": str(Path(__file__).parent), "excludes": ["/out", "/data", "/tests", ".git", ".venv"]}
-    try:
-        ray.init(
-            None if address == "local" else address,
-            runtime_env=None if address == "local" else code,
-            log_to_driver=False,
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UsageError(
-            f"no Ray cluster at '{address}' ({str(error).splitlines()[0]}); start one: ray start --head"
-        ) from None
-    stack.callback(ray.shutdown)
-    threads, resources = torch.get_num_threads(), ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
-    count = gpus or max(1, int(resources["CPU"]) // threads)
-    share = {"num_gpus": 1} if gpus else {"num_cpus": min(threads, int(resources["CPU"]))}
-    actor = ray.remote(max_restarts=-1, max_task_retries=5, **share)(Worker)
-    pool = ActorPool([actor.remote(threads) for _ in range(count)])
-    print(
-        f"{count} workers on Ray, "
-        + ("a GPU each" if gpus else f"{threads} CPU threads each (OMP_NUM_THREADS sets it)")
-    )
-    return lambda configs, stop: pool.map_unordered(lambda worker, config: worker.run.remote(config, stop), configs)
-
-
 def lock(path: Path, stack: ExitStack) -> None:
     """Keep other sweeps out of a folder until the stack closes; the system lets go if this process is killed."""
     path.mkdir(parents=True, exist_ok=True)
@@ -314,7 +237,7 @@ def run(sweep: Sweep) -> None:
             lock(path, stack)
         runner = on_ray(sweep.ray, stack) if sweep.ray else partial(in_turn, Worker(torch.get_num_threads()))
         total = sum(count for cell in todo for _, count, _ in costs(sweep, cell))
-        with tqdm(total=total, unit="run", dynamic_ncols=True) as bar:
+        with tqdm(total=total, unit="run", **BAR) as bar:
             for cell in todo:
                 results = Results(folder(sweep, cell.task) / "results.jsonl")
                 rows.append(study(sweep, cell, results, runner, bar))
@@ -349,7 +272,7 @@ def words(script: str, options) -> list[str]:
 def compare(sweep: Sweep, cell: Cell) -> None:
     """Time the first grid twice, as one `train.py` per run and as one `sweep.py`; UsageError if a number differs.
 
-    Both start from nothing: fresh processes, empty folders, an empty cache of compiled code (separate runs share theirs).
+    Both start from nothing: new processes, empty folders, an empty cache of compiled code (which separate runs share).
     """
     seconds, found = {}, {}
     with tempfile.TemporaryDirectory() as temporary:

@@ -278,7 +278,13 @@ def train(config: Config, backbone: ViT, data: Dataset, stop: int | None = None)
     return Result(history[-1].get("status", "running"), history[-1], history, model, Path(config.out))
 
 
-BAR = {"mininterval": 0.2 if sys.stderr.isatty() else 30, "dynamic_ncols": True, "smoothing": 0.05, "leave": None, "delay": 2}
+BAR = {
+    "mininterval": 0.2 if sys.stderr.isatty() else 30,
+    "dynamic_ncols": True,
+    "smoothing": 0.05,
+    "leave": None,
+    "delay": 2,
+}
 
 
 def summary(history: list[dict]) -> str:
