@@ -4,7 +4,7 @@
     state.pt               after every epoch: weights, momentum and metrics, all that `resume` needs; gone at the end
     metrics.jsonl          a row per epoch; the last one has a "status" and the accuracy on val or test
     prefix.safetensors     prefix and head, at the end (backbone.safetensors too, if the backbone was trained)
-    curve.png              loss and training accuracy over the epochs
+    curve.png              loss and training accuracy over the epochs, of a final run
 
 Every file is written under another name and renamed, so it is whole or absent; `state.pt` is the only one that is read
 back in an unfinished run, so a kill at any moment costs at most the epoch it fell into.
@@ -89,7 +89,7 @@ def save(
         if model.backbone is not None:
             sizes = {"vit": json.dumps(model.backbone.sizes)}  # `ViT.from_file` reads it
             write(out / "backbone.safetensors", safetensors.save(model.backbone.state_dict(), sizes))
-    if status is not None:
+    if status is not None and settings["final"]:  # a grid has many runs, and nobody looks at 40 curves
         write(out / "curve.png", curve(history, title))
     write(out / "metrics.jsonl", metrics)  # with a status in the last row, the run is over
     if status is not None:

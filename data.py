@@ -144,14 +144,14 @@ class Task:
     """One name that --task takes.
 
     group: which benchmark. load: (root, size) -> classes, splits. here: root -> whether the images are on this machine.
-    sizes: images in train, val, test. settings: per method of train.py (length, base lr, weight decay).
+    sizes: images per split. settings: per method of train.py (length, base lr, weight decay).
     """
 
     group: str
     load: Callable[[Path, int], dict]
     here: Callable[[Path], bool] = lambda root: True
     classes: int = 10
-    sizes: tuple[int, ...] = ()
+    sizes: dict[str, int] = field(default_factory=dict)
     augment: bool = False
     final: str = "train"
     backbone: str = "tiny"
@@ -160,13 +160,13 @@ class Task:
 
 
 def fgvc(name: str) -> Task:
-    rows = [benchmarks.SPLIT_FILES[f"{benchmarks.FGVC[name].splits}/{split}"] for split in SPLITS]
+    rows = {split: benchmarks.SPLIT_FILES[f"{benchmarks.FGVC[name].splits}/{split}"] for split in SPLITS}
     return Task(
         "FGVC",
         partial(benchmarks.load_fgvc, name),
         lambda root: benchmarks.fgvc_images(name, root, benchmarks.fgvc_splits(name, root, download=False)) is not None,
-        classes=rows[0][2],
-        sizes=tuple(images for _, images, _ in rows),
+        classes=rows["train"][2],
+        sizes={split: images for split, (_, images, _) in rows.items()},
         augment=True,
         backbone=benchmarks.IN21K,
         settings=dict(zip(benchmarks.METHODS, benchmarks.PUBLISHED[name], strict=True)),
@@ -179,7 +179,7 @@ def vtab(name: str, group: str, classes: int, test: int) -> Task:
         partial(benchmarks.load_vtab, name, classes),
         lambda root: benchmarks.vtab_images(name, root) is not None,
         classes=classes,
-        sizes=(800, 200, test),
+        sizes={"train": 800, "val": 200, "test": test},
         final="trainval",
         backbone=benchmarks.IN21K,
     )
@@ -187,12 +187,14 @@ def vtab(name: str, group: str, classes: int, test: int) -> Task:
 
 DIGITS_SETTINGS = {}
 TASKS: dict[str, Task] = {
-    "digits": Task("demo", load_digits, sizes=(800, 200, 797), final="trainval", settings=DIGITS_SETTINGS),
+    "digits": Task(
+        "demo", load_digits, sizes={"train": 800, "val": 200, "test": 797}, final="trainval", settings=DIGITS_SETTINGS
+    ),
     "fashion_mnist": Task(
         "demo",
         load_fashion_mnist,
         lambda root: (root / "FashionMNIST").exists(),
-        sizes=(54000, 6000, 10000),
+        sizes={"train": 54_000, "val": 6_000, "test": 10_000},
         augment=True,
     ),
     **{name: fgvc(name) for name in benchmarks.FGVC},
@@ -223,7 +225,7 @@ def table(root: Path) -> str:
     for name, task in TASKS.items():
         manual = name in benchmarks.FGVC and benchmarks.FGVC[name].manual
         state = "ready" if task.here(root) else manual or "downloaded at first use"
-        train, val, test = task.sizes
+        train, val, test = task.sizes.values()
         lines.append(f"{name:<22}{task.group:<22}{task.classes:>7}{train:>8,}{val:>7,}{test:>8,}  {state}")
     return "\n".join(lines)
 

@@ -102,11 +102,14 @@ def use_bf16(config: Config, backbone: ViT) -> bool:
     return config.device == "cuda" or (backbone.dim >= 256 and torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
-def load_backbone(config: Config) -> ViT:
-    """The frozen ViT, on its device and in the type it computes in. UsageError if it cannot be had."""
+def load_backbone(config: Config, pretrained: bool = True) -> ViT:
+    """The frozen ViT, on its device and in the type it computes in. UsageError if it cannot be had.
+
+    pretrained: False gives a timm ViT random weights and needs no download; enough to measure how fast it is.
+    """
     config = resolve(config)
     try:
-        vit = ViT.load(config.backbone)
+        vit = ViT.load(config.backbone, pretrained)
     except (ValueError, RuntimeError, OSError, KeyError, zipfile.BadZipFile) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         mend = "git checkout assets" if config.backbone == "tiny" else "give a file, such as --backbone ViT-B_16.npz"
@@ -279,7 +282,13 @@ def train(config: Config, backbone: ViT, data: Dataset, stop: int | None = None)
     return Result(history[-1].get("status", "running"), history[-1], history, model, Path(config.out))
 
 
-BAR = {"mininterval": 0.2 if sys.stderr.isatty() else 30, "dynamic_ncols": True, "smoothing": 0.05}
+BAR = {
+    "mininterval": 0.2 if sys.stderr.isatty() else 30,
+    "dynamic_ncols": True,
+    "smoothing": 0.05,
+    "leave": None,
+    "delay": 2,
+}
 
 
 def summary(history: list[dict]) -> str:
@@ -294,16 +303,23 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see --help")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line, made from Config."""
-    made = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for f in fields(Config):
+def add_options(made: argparse.ArgumentParser, options: type) -> None:
+    """A command-line option for every field of a dataclass; a list takes any number of values."""
+    for f in fields(options):
         kind = {"type": get_args(f.type)[0] if get_args(f.type) else f.type}
         if bool in (f.type, kind["type"]):
             kind = {"action": argparse.BooleanOptionalAction}
         elif get_origin(f.type) is Literal:
             kind = {"choices": get_args(f.type)}
-        made.add_argument(f"--{f.name.replace('_', '-')}", help=f.metadata["help"], **kind)
+        elif get_origin(f.type) is list:
+            kind["nargs"] = "*"
+        made.add_argument(f"--{f.name.replace('_', '-')}", help=f.metadata["help"], **kind | f.metadata.get("kind", {}))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, made from Config."""
+    made = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    add_options(made, Config)
     made.add_argument("--shared", dest="share", action="store_const", const="deep", help="the same as --share deep")
     return made
 

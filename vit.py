@@ -147,7 +147,7 @@ class ViT(nn.Module):
         return self.tokens(images, prefix, n_query=1)[:, 0]
 
     @classmethod
-    def load(cls, name: str) -> "ViT":
+    def load(cls, name: str, pretrained: bool = True) -> "ViT":
         """tiny: the shipped weights; scratch: that shape, random; a .npz or .safetensors file; or a name of timm's."""
         if name == "scratch":
             return cls(**TINY)
@@ -155,7 +155,7 @@ class ViT(nn.Module):
             return cls.from_npz(name)
         if name == "tiny" or name.endswith(".safetensors"):
             return cls.from_file(TINY_WEIGHTS if name == "tiny" else name)
-        return cls.from_timm(name)
+        return cls.from_timm(name, pretrained)
 
     @classmethod
     def from_timm(cls, name: str = IN21K, pretrained: bool = True) -> "ViT":

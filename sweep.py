@@ -1,0 +1,323 @@
+"""The experiment: a grid of settings -> choice on val -> five seeds on test -> a table and a figure.
+
+    python sweep.py                                  does sharing help? No-share against Deep-share on the digits
+    python sweep.py --tasks fgvc --methods none-shallow simple-shallow deep-shallow none simple deep
+    python sweep.py --tasks paper --dry-run          what that costs, before it is started
+
+The protocol (Jia et al., ECCV 2022; Le et al., ICLR 2025, section 5): train all pairs of 10 learning rates and 4 weight
+decays on the train split; take the one with the best val accuracy after its last epoch (ties: the smaller learning
+rate, then the smaller weight decay); train it with five seeds on the split the protocol names, and test each once.
+
+All runs pass through one process on one backbone and one decoded data set (worker.py), or with `--ray` through several.
+What a run found is one line of OUT/TASK/results.jsonl: a sweep that was killed goes on, a finished one only redraws.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+import plan
+import report
+from data import TASKS, UsageError, find, write
+from prefix import SHARE
+from train import BAR, Config, Parser, add_options, opt, resolve
+from worker import Worker, in_turn, on_ray, settings
+
+METHODS = {share: {"share": share} for share in SHARE}
+METHODS |= {f"{share}-shallow": {"share": share, "shallow": True} for share in SHARE}
+METHODS |= {"probe": {"tune": "linear"}, "full": {"tune": "full"}}
+GROUPS = {"fgvc": "FGVC", "vtab": "VTAB", "paper": "FGVC"}  # what --tasks takes beside names -> how Task.group begins
+LR = (50.0, 25.0, 10.0, 5.0, 2.5, 1.0, 0.5, 0.25, 0.1, 0.05)
+WD = (0.01, 0.001, 0.0001, 0.0)
+SEEDS = (42, 44, 82, 100, 800)
+RAY = {
+    "help": "spread the runs over the GPUs, or else CPU cores, of this machine or of the cluster at ADDRESS",
+    "kind": {"nargs": "?", "const": "local", "metavar": "ADDRESS"},
+}
+
+
+def of_a_run(name: str):
+    """An option that is handed on to every run: as `train.py` has it."""
+    f = Config.__dataclass_fields__[name]
+    return opt(f.default, f.metadata["help"])
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Every option of a sweep, its default and its help."""
+
+    tasks: list[str] = opt(("digits",), "names that `python data.py` lists, or the groups fgvc, vtab, paper (= fgvc)")
+    methods: list[str] = opt(("none", "deep"), f"some of {', '.join(METHODS)}")
+    length: list[int] = opt((), "prefix lengths L (default: the task's for the method)")
+    fraction: list[float] = opt((1.0,), "shares of the training images; several make a figure of their own")
+    lr: list[float] = opt(LR, "base learning rates of the grid")
+    wd: list[float] = opt(WD, "weight decays of the grid")
+    seed: list[int] = opt(SEEDS, "seeds of the final runs; none: stop after the choice")
+    halving: bool = opt(False, "successive halving: train the whole grid a little, go on with the better half, ...")
+    dry_run: bool = opt(False, "print what the sweep would cost, and stop")
+    img_per_s: float | None = opt(
+        None, "for --dry-run: training images/s of the machine (default: measured on this one)"
+    )
+    ray: str | None = field(default=None, metadata=RAY)
+    compare: bool = opt(False, "time the first grid as one process and as a process per run, and compare every number")
+    out: str = opt("out/sweep", "folder of the results")
+    epochs: int | None = of_a_run("epochs")
+    batch: int = of_a_run("batch")
+    backbone: str = of_a_run("backbone")
+    device: str = of_a_run("device")
+    dtype: str = of_a_run("dtype")
+    compile: bool | None = of_a_run("compile")
+    data_dir: str = of_a_run("data_dir")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table: a grid, a choice, and the final runs."""
+
+    task: str
+    method: str
+    length: int | None  # None: the task's, or no prefix
+    fraction: float
+
+
+def expand(names: Iterable[str]) -> list[str]:
+    """Tasks from names and groups, each once. UsageError for a name that is neither."""
+    tasks = []
+    for name in names:
+        members = [task for task in TASKS if name in GROUPS and TASKS[task].group.startswith(GROUPS[name])]
+        tasks += members or [name]
+    for task in tasks:
+        find(task)
+    return list(dict.fromkeys(tasks))
+
+
+def check(sweep: Sweep) -> None:
+    """UsageError for options that no sweep can have; what no run can have, `configure` finds."""
+    for name in ("tasks", "methods", "fraction", "lr", "wd"):
+        if not getattr(sweep, name):
+            raise UsageError(f"--{name} needs at least one value")
+    if unknown := [method for method in sweep.methods if method not in METHODS]:
+        raise UsageError(f"no method '{unknown[0]}'; methods: {', '.join(METHODS)}")
+    if sweep.img_per_s is not None and not 0 < sweep.img_per_s < math.inf:
+        raise UsageError(f"--img-per-s is {sweep.img_per_s}; it must be positive")
+
+
+def cells(sweep: Sweep) -> list[Cell]:
+    """All rows of the table, task by task. UsageError for options that cannot be."""
+    check(sweep)
+    made = {}  # a dict keeps the order, and each cell once
+    for task, fraction, method in product(expand(sweep.tasks), sorted(sweep.fraction), sweep.methods):
+        lengths = sweep.length if "tune" not in METHODS[method] else ()
+        made |= {Cell(task, method, length, fraction): None for length in lengths or (None,)}
+    for cell in made:
+        grid(sweep, cell)
+        finals(sweep, cell, sweep.lr[0], sweep.wd[0])
+    return list(made)
+
+
+def folder(sweep: Sweep, task: str) -> Path:
+    return Path(sweep.out).absolute() / (task + ("-halving" if sweep.halving else ""))
+
+
+def configure(sweep: Sweep, cell: Cell, **values) -> Config:
+    """The resolved Config of one run, in a folder of its own: OUT/TASK/runs/SETTINGS."""
+    handed_on = {f.name: getattr(sweep, f.name) for f in fields(Config) if f.name in Sweep.__dataclass_fields__}
+    handed_on |= {"task": cell.task, "length": cell.length, "fraction": cell.fraction, "seed": Config.seed, "out": ""}
+    config = resolve(Config(**handed_on | METHODS[cell.method] | values))
+    return replace(config, out=str(folder(sweep, cell.task) / "runs" / Path(config.out).name))
+
+
+class Results:
+    """results.jsonl: a line per finished run, or per stage of a run with --halving. Only the main process writes it."""
+
+    def __init__(self, path: Path):
+        self.path, self.lines = path, {}
+        for text in path.read_text().splitlines() if path.exists() else ():
+            try:
+                line = json.loads(text)
+                self.lines[self.key(line["settings"], line["stop"])] = line
+            except (ValueError, KeyError, TypeError):
+                tqdm.write(f"{path}: a line is torn; its run is done again", file=sys.stderr)
+
+    @staticmethod
+    def key(settings: dict, stop: int | None) -> str:
+        return json.dumps([settings, stop], sort_keys=True)
+
+    def complete(self, configs: list[Config], stop: int | None, runner: Callable, bar: tqdm) -> list[dict]:
+        """The lines of these runs, in order; those that are missing are performed, and each is kept at once."""
+        keys = [self.key(settings(config), stop) for config in configs]
+        missing = [config for config, key in zip(configs, keys, strict=True) if key not in self.lines]
+        bar.update(len(configs) - len(missing))
+        for line in runner(missing, stop):
+            self.lines[self.key(line["settings"], line["stop"])] = line
+            write(self.path, "".join(json.dumps(line) + "\n" for line in self.lines.values()).encode())
+            bar.update()
+        return [self.lines[key] for key in keys]
+
+
+def stages(sweep: Sweep, epochs: int) -> list[tuple[int | None, int]]:
+    """How the grid is run: (train up to this epoch, so many go on); None is the end, from where the best one goes on.
+
+    Halving looks after an eighth, a quarter and half of the epochs. The learning rate follows the whole run's schedule.
+    """
+    size = len(set(sweep.lr)) * len(set(sweep.wd))
+    stops = sorted({round(epochs * share) for share in (1 / 8, 1 / 4, 1 / 2)} - {0, epochs}) if sweep.halving else []
+    return [(stop, -(-size // 2 ** (i + 1))) for i, stop in enumerate(stops)] + [(None, 1)]
+
+
+def best(lines: list[dict], count: int) -> list[dict]:
+    """The best lines on val, best first; ties to the smaller learning rate, then weight decay. Never a diverged one."""
+    alive = [line for line in lines if line["status"] != "diverged"]
+    return sorted(alive, key=lambda line: (-line["val"], line["settings"]["lr"], line["settings"]["wd"]))[:count]
+
+
+def grid(sweep: Sweep, cell: Cell) -> list[Config]:
+    pairs = product(dict.fromkeys(sweep.lr), dict.fromkeys(sweep.wd))
+    return [configure(sweep, cell, lr=lr, wd=wd, final=False) for lr, wd in pairs]
+
+
+def finals(sweep: Sweep, cell: Cell, lr: float, wd: float) -> list[Config]:
+    return [configure(sweep, cell, lr=lr, wd=wd, seed=seed) for seed in dict.fromkeys(sweep.seed)]
+
+
+def study(sweep: Sweep, cell: Cell, results: Results, runner: Callable, bar: tqdm) -> report.Row:
+    """Grid, choice and final runs of one cell."""
+    candidates, tried = grid(sweep, cell), []
+    first = candidates[0]
+    bar.set_description(f"{cell.task} {cell.method}")
+    for stop, keep in stages(sweep, first.epochs):
+        lines = results.complete(candidates, stop, runner, bar)
+        tried += lines
+        ranked = best(lines, keep)
+        candidates = [candidates[lines.index(line)] for line in ranked]
+    tested = []
+    if candidates:
+        (chosen,) = candidates
+        tested = results.complete(finals(sweep, cell, chosen.lr, chosen.wd), None, runner, bar)
+    length = None if "tune" in METHODS[cell.method] else first.length
+    sizes = TASKS[cell.task].sizes
+    images = round(cell.fraction * plan.images(TASKS[cell.task].final, sizes)) if sizes else None
+    return report.Row(cell.task, cell.method, length, cell.fraction, images, tried, ranked, tested)
+
+
+def lock(path: Path, stack: ExitStack) -> None:
+    """Keep other sweeps out of a folder until the stack closes; the system lets go if this process is killed."""
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        stack.enter_context(FileLock(path / ".lock").acquire(timeout=0))
+    except Timeout:
+        raise UsageError(f"another sweep is at work in {path}; wait for it, or give this one another --out") from None
+
+
+def run(sweep: Sweep) -> None:
+    """The whole sweep, and its report in OUT/TASK, or OUT/TASKS if there are several."""
+    rows, todo = [], cells(sweep)
+    if sweep.compare:
+        return compare(sweep, todo[0])
+    if sweep.dry_run:
+        return plan.show([costs(sweep, cell) for cell in todo], sweep.img_per_s)
+    home = folder(sweep, "-".join(dict.fromkeys(sweep.tasks)))
+    with ExitStack() as stack:
+        for path in sorted({home} | {folder(sweep, cell.task) for cell in todo}):
+            lock(path, stack)
+        runner = on_ray(sweep.ray, stack) if sweep.ray else partial(in_turn, Worker(torch.get_num_threads()))
+        total = sum(count for cell in todo for _, count, _ in costs(sweep, cell))
+        with tqdm(total=total, unit="run", **BAR) as bar:
+            for cell in todo:
+                results = Results(folder(sweep, cell.task) / "results.jsonl")
+                rows.append(study(sweep, cell, results, runner, bar))
+        files = report.save(home, rows)
+    print(report.table(rows), "\n".join(f"{path}" for path in files), sep="\n")
+
+
+def costs(sweep: Sweep, cell: Cell) -> list[tuple[Config, int, int]]:
+    """What a cell will train if nothing diverges: (a config, how many such runs, epochs of each)."""
+    config, *others = grid(sweep, cell)
+    made, before, count = [], 0, 1 + len(others)
+    for stop, keep in stages(sweep, config.epochs):
+        made.append((config, count, (stop or config.epochs) - before))
+        before, count = stop, min(keep, count)
+    return [*made, (replace(config, final=True), len(set(sweep.seed)), config.epochs)]
+
+
+def words(script: str, options) -> list[str]:
+    """The command that gives `script` these options (a dataclass)."""
+    command = [sys.executable, str(Path(__file__).with_name(script))]
+    for f in fields(options):
+        name, value = f.name.replace("_", "-"), getattr(options, f.name)
+        if isinstance(value, bool):
+            command.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list | tuple):
+            command += [f"--{name}", *map(str, value)]
+        elif value not in (None, ""):
+            command += [f"--{name}", str(value)]
+    return command
+
+
+def compare(sweep: Sweep, cell: Cell) -> None:
+    """Time the first grid twice, as one `train.py` per run and as one `sweep.py`; UsageError if a number differs.
+
+    Both start from nothing: new processes, empty folders, an empty cache of compiled code (which separate runs share).
+    """
+    seconds, found = {}, {}
+    with tempfile.TemporaryDirectory() as temporary:
+        one = replace(sweep, tasks=[cell.task], methods=[cell.method], seed=(), compare=False, halving=False)
+        for name in ("separate", "sweep"):
+            mine = replace(one, out=f"{temporary}/{name}")
+            configs = grid(mine, cell)
+            commands = (
+                [words("train.py", config) for config in configs] if name == "separate" else [words("sweep.py", mine)]
+            )
+            env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{temporary}/{name}-compiled"}
+            start = time.perf_counter()
+            for command in tqdm(commands, desc=name, unit="process"):
+                ended = subprocess.run(command, env=env, capture_output=True, text=True)
+                if ended.returncode not in (0, 3):  # 3: diverged
+                    raise UsageError(f"{' '.join(command)} failed: {ended.stderr.strip().splitlines()[-1]}")
+            seconds[name] = time.perf_counter() - start
+            found[name] = [(Path(config.out) / "metrics.jsonl").read_text() for config in configs]
+    differ = sum(a != b for a, b in zip(*found.values(), strict=True))
+    print(
+        f"{cell.task} {cell.method}, {len(configs)} runs of {configs[0].epochs} epochs, compile {configs[0].compile}: "
+        f"{seconds['separate']:.0f} s as separate train.py processes, {seconds['sweep']:.0f} s as one sweep.py, "
+        f"{seconds['separate'] / seconds['sweep']:.2f} times as fast; {differ} runs differ in any loss or accuracy"
+    )
+    if differ:
+        raise UsageError("a run must not depend on the process it is in; please report this with the line above")
+
+
+def parse(argv: list[str] | None) -> Sweep:
+    made = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    add_options(made, Sweep)
+    return Sweep(**vars(made.parse_args(argv)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        run(parse(argv))
+    except (UsageError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last finished epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""How runs are performed: one after another by a worker that keeps what they share, or by many workers on Ray.
+
+A run is small and the backbone never changes. So a `Worker` keeps one backbone, one decoded data set and one compiled
+step, and all runs pass through it. A *runner* takes runs and yields the line that each leaves in results.jsonl, in any
+order; the numbers are the same bit for bit whichever runner it is, and whichever worker a run meets.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import checkpoint
+from data import UsageError, load
+from train import Config, evaluate, load_backbone, train
+
+
+def settings(config: Config) -> dict:
+    """All that decides a run's outcome."""
+    return {name: value for name, value in asdict(config).items() if name not in checkpoint.UNSEEN}
+
+
+class Worker:
+    """Performs runs one after another on one backbone, one decoded data set and one compiled step, which it keeps."""
+
+    def __init__(self, threads: int):
+        torch.set_num_threads(threads)  # the order of a sum, and so its last bit, depends on it
+        torch.set_float32_matmul_precision("high")
+        self.kept = {}
+
+    def keep(self, what: str, key: tuple, make: Callable):
+        """What was made for `key`; for another key it is made anew, and the old one goes."""
+        if self.kept.get(what, (None, None))[0] != key:
+            self.kept[what] = key, make()
+        return self.kept[what][1]
+
+    def run(self, config: Config, stop: int | None = None) -> dict:
+        """Perform one run, or its first `stop` epochs: the line of results.jsonl it leaves."""
+        key = (config.backbone, config.device, config.dtype, config.tune == "full")
+        backbone = self.keep("backbone", key, lambda: load_backbone(config))
+        data = self.keep(
+            "data", (config.task, backbone.image), lambda: load(config.task, config.data_dir, backbone.image)
+        )
+        if config.compile:  # steps of other shapes would fill up the compiler's list of variants
+            shapes = (*key, config.tune, config.share, config.shallow, config.length, config.batch)
+            self.keep("compiled", shapes, torch.compiler.reset)
+        if data.count(data.final if config.final else "train", config.fraction) < 1:
+            raise UsageError(f"--fraction {config.fraction:g} leaves no image of {config.task}; take a larger one")
+        result = train(config, backbone, data, stop)
+        line = {"settings": settings(config), "stop": stop, "status": result.status, "epochs": result.metrics["epoch"]}
+        if result.status != "diverged":
+            split = "test" if config.final else "val"
+            short = result.status == "running"
+            line[split] = evaluate(config, result.model, backbone, data, split) if short else result.metrics[split]
+        sizes = [sum(p.numel() for p in module.parameters()) for module in (result.model, backbone)]
+        return line | {"trained": sizes[0], "backbone": sizes[1]}
+
+
+def in_turn(worker: Worker, configs: list[Config], stop: int | None) -> Iterator[dict]:
+    for config in configs:
+        yield worker.run(config, stop)
+
+
+def on_ray(address: str, stack: ExitStack) -> Callable:
+    """A runner whose workers are Ray actors: one per GPU, or else one per so many CPU cores as this process has threads.
+
+    (Sums of the same number of threads have the same last bit.) A worker that dies is started again, and its run goes
+    on from its checkpoint. Several machines need --out and --data-dir on a disk they share. UsageError without Ray.
+    """
+    try:
+        import ray
+        from ray.util import ActorPool
+    except ImportError:
+        raise UsageError("--ray needs Ray, which is not installed: pip install ray") from None
+    here, code = address == "local", {"working_dir": str(Path(__file__).parent), "excludes": ["/out", "/data", ".git"]}
+    options = {"runtime_env": None if here else code, "log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        ray.init(None if here else address, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"no Ray cluster at '{address}' ({reason}); start one there: ray start --head") from None
+    stack.callback(ray.shutdown)
+    threads, cores, gpus = torch.get_num_threads(), *(int(ray.cluster_resources().get(k, 0)) for k in ("CPU", "GPU"))
+    count, share = (gpus, {"num_gpus": 1}) if gpus else (max(1, cores // threads), {"num_cpus": min(threads, cores)})
+    actor = ray.remote(max_restarts=-1, max_task_retries=5, **share)(Worker)
+    pool = ActorPool([actor.remote(threads) for _ in range(count)])
+    print(
+        f"Ray: {count} workers, " + ("a GPU each" if gpus else f"{threads} CPU threads each, as OMP_NUM_THREADS says")
+    )
+
+    def spread(configs: list[Config], stop: int | None) -> Iterator[dict]:
+        try:
+            yield from pool.map_unordered(lambda worker, config: worker.run.remote(config, stop), configs)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None  # what the worker raised, such as a UsageError
+
+    return spread
