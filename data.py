@@ -188,7 +188,12 @@ def vtab(name: str, group: str, classes: int, test: int) -> Task:
 DIGITS_SETTINGS = {}
 TASKS: dict[str, Task] = {
     "digits": Task(
-        "demo", load_digits, sizes={"train": 800, "val": 200, "test": 797}, final="trainval", settings=DIGITS_SETTINGS
+        "demo",
+        load_digits,
+        sizes={"train": 800, "val": 200, "test": 797},
+        final="trainval",
+        epochs=15,
+        settings=DIGITS_SETTINGS,
     ),
     "fashion_mnist": Task(
         "demo",

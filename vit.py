@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 IN21K = "vit_base_patch16_224.orig_in21k"  # the checkpoint of VPT and of the paper, as timm names it
-TINY = {"image": 32, "patch": 8, "dim": 64, "n_layer": 4, "n_head": 4}
+TINY = {"image": 32, "patch": 8, "dim": 32, "n_layer": 8, "n_head": 4}
 TINY_WEIGHTS = Path(__file__).parent / "assets" / "tiny_vit.safetensors"  # comes with the repository
 
 
