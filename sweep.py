@@ -210,8 +210,7 @@ def study(sweep: Sweep, cell: Cell, results: Results, runner: Callable, bar: tqd
         (chosen,) = candidates
         tested = results.complete(finals(sweep, cell, chosen.lr, chosen.wd), None, runner, bar)
     length = None if "tune" in METHODS[cell.method] else first.length
-    sizes = TASKS[cell.task].sizes
-    images = round(cell.fraction * plan.images(TASKS[cell.task].final, sizes)) if sizes else None
+    images = (tested or tried)[0]["images"]
     return report.Row(cell.task, cell.method, length, cell.fraction, images, tried, ranked, tested)
 
 

@@ -14,7 +14,7 @@ import torch
 
 import checkpoint
 from data import UsageError, load
-from train import Config, evaluate, load_backbone, train
+from train import Config, evaluate, load_backbone, train, training_split
 
 
 def settings(config: Config) -> dict:
@@ -46,7 +46,8 @@ class Worker:
         if config.compile:  # steps of other shapes would fill up the compiler's list of variants
             shapes = (*key, config.tune, config.share, config.shallow, config.length, config.batch)
             self.keep("compiled", shapes, torch.compiler.reset)
-        if data.count(data.final if config.final else "train", config.fraction) < 1:
+        images = data.count(training_split(config, data), config.fraction)
+        if images < 1:
             raise UsageError(f"--fraction {config.fraction:g} leaves no image of {config.task}; take a larger one")
         result = train(config, backbone, data, stop)
         line = {"settings": settings(config), "stop": stop, "status": result.status, "epochs": result.metrics["epoch"]}
@@ -55,7 +56,7 @@ class Worker:
             short = result.status == "running"
             line[split] = evaluate(config, result.model, backbone, data, split) if short else result.metrics[split]
         sizes = [sum(p.numel() for p in module.parameters()) for module in (result.model, backbone)]
-        return line | {"trained": sizes[0], "backbone": sizes[1]}
+        return line | {"images": images, "trained": sizes[0], "backbone": sizes[1]}
 
 
 def in_turn(worker: Worker, configs: list[Config], stop: int | None) -> Iterator[dict]:
