@@ -161,31 +161,38 @@ def test_fractions_of_the_training_images_make_a_figure_of_their_own(words, tmp_
     assert [row.split(" | ")[1] for row in rows if row.startswith("| digits")] == ["50", "50", "100", "100"]
 
 
-def kill_after(seconds: float, command: list[str]) -> int:
+def written(folder: Path) -> set[tuple[Path, int]]:
+    return {(path, path.stat().st_mtime_ns) for path in folder.glob("runs/*/metrics.jsonl")}
+
+
+def start_and_kill(command: list[str], folder: Path, delay: float) -> None:
+    """Kill a sweep `delay` seconds after it has finished an epoch, however long it took to start."""
+    before = written(folder)
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        return process.wait()
+    while written(folder) == before:
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
 
 
 @pytest.mark.slow
 def test_a_sweep_killed_at_random_moments_ends_with_the_same_report(words, backbone, tmp_path):
-    words = [*words, "--halving", "--epochs", "8"]
+    words, rng = [*words, "--halving", "--epochs", "16"], random.Random(0)
     assert main([*words, "--out", str(tmp_path / "unbroken")]) == 0
-    command, rng, kills = [sys.executable, "sweep.py", *words, "--out", str(tmp_path / "broken")], random.Random(0), 0
-    while kill_after(4 + 2 * rng.random(), command) != 0:
-        kills += 1
-        torn = tmp_path / "broken" / "digits-halving" / "results.jsonl"
-        if torn.exists() and kills % 2:
-            torn.write_bytes(torn.read_bytes()[:-20])  # as if the power had failed: the last line is half there
-        assert kills < 40
-    assert kills > 0
+    unbroken, broken = (tmp_path / name / "digits-halving" for name in ("unbroken", "broken"))
+    for kill in range(3):
+        command = [sys.executable, "sweep.py", *words, "--out", str(tmp_path / "broken")]
+        start_and_kill(command, broken, 0.5 * rng.random())
+        torn = broken / "results.jsonl"
+        if kill and torn.exists():
+            torn.write_bytes(torn.read_bytes()[:-20])  # as if the power had failed: half of the last line is missing
+    assert not (broken / "report.md").exists()  # it was never allowed to end
+    assert main([*words, "--out", str(tmp_path / "broken")]) == 0
+    assert numbers(unbroken) == numbers(broken)
     for name in ("report.md", "report.png"):
-        unbroken, broken = (tmp_path / who / "digits-halving" / name for who in ("unbroken", "broken"))
-        assert unbroken.read_bytes() == broken.read_bytes()
-    assert numbers(tmp_path / "unbroken" / "digits-halving") == numbers(tmp_path / "broken" / "digits-halving")
+        assert (unbroken / name).read_bytes() == (broken / name).read_bytes()
 
 
 @pytest.mark.slow
