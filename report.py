@@ -23,6 +23,7 @@ PUBLISHED = {
     "dogs": dict(zip(METHODS, (86.4, 90.8, 91.1, 86.3, 90.6, 91.6), strict=True)),
     "cars": dict(zip(METHODS, (54.7, 55.4, 63.5, 62.4, 82.9, 79.3), strict=True)),
 }
+USED = ("backbone", "optimizer", "batch", "epochs")  # settings that the report names
 COLOURS = {"none": "tab:gray", "simple": "tab:blue", "linear": "tab:green", "deep": "tab:orange"}
 COLOURS |= {"probe": "tab:olive", "full": "tab:purple"}
 
@@ -89,27 +90,28 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def counterpart(row: Row, rows: list[Row]) -> Row | None:
+    """The No-share row to compare a shared one with: of the same placement and, if there are several, length."""
+    share, _, placement = row.method.partition("-")
+    if share not in ("simple", "linear", "deep"):
+        return None
+    name = "none-shallow" if placement else "none"
+    same = [r for r in rows if (r.task, r.method, r.fraction) == (row.task, name, row.fraction)]
+    return same[0] if len(same) == 1 else next((r for r in same if r.length == row.length), None)
+
+
 def does_sharing_help(rows: list[Row]) -> list[str]:
     """Shared minus No-share where all else is equal, paired by seed: a sentence per pair."""
     sentences = []
     for row in rows:
-        share, _, placement = row.method.partition("-")
-        for base in rows:
-            same = (base.task, base.length, base.fraction) == (row.task, row.length, row.fraction)
-            if (
-                share in ("simple", "linear", "deep")
-                and same
-                and base.method == "none" + "-" * bool(placement) + placement
-            ):
-                theirs = {line["settings"]["seed"]: line["test"] for line in base.tested if line["status"] == "done"}
-                seeds = [line for line in row.tested if line["status"] == "done" and line["settings"]["seed"] in theirs]
-                gains = [line["test"] - theirs[line["settings"]["seed"]] for line in seeds]
-                if gains:
-                    error = f" ± {standard_error(gains):.2f} (standard error)" if len(gains) > 1 else ""
-                    sentences.append(
-                        f"- {row.task}, {row.images} images, {row.name} minus {base.method}: "
-                        f"{mean(gains):+.2f}{error} points over {len(gains)} seeds"
-                    )
+        base = counterpart(row, rows)
+        theirs = {line["settings"]["seed"]: line["test"] for line in base.tested if "test" in line} if base else {}
+        pairs = [(line["test"], theirs.get(line["settings"]["seed"])) for line in row.tested if "test" in line]
+        gains = [ours - none for ours, none in pairs if none is not None]
+        if gains:
+            error = f" ± {standard_error(gains):.2f} (standard error)" if len(gains) > 1 else ""
+            names = f"{row.task}, {row.images} images: {row.name} minus {base.name}"
+            sentences.append(f"- {names}: {mean(gains):+.2f}{error} points over {len(gains)} seeds")
     return sentences
 
 
@@ -143,7 +145,7 @@ def effort(rows: list[Row]) -> str:
 
 
 def text(rows: list[Row]) -> str:
-    used = rows[0].tried[0]["settings"]
+    used = {key: ", ".join(dict.fromkeys(str(r.tried[0]["settings"][key]) for r in rows)) for key in USED}
     parts = [
         "# Sweep",
         f"Backbone {used['backbone']}, {used['optimizer']}, batch {used['batch']}, {used['epochs']} epochs a run. "
@@ -160,11 +162,10 @@ def text(rows: list[Row]) -> str:
 
 
 def limits(rows: list[Row]) -> tuple[float, float]:
-    """An axis of accuracies that shows differences; its label says where it starts."""
+    """An axis of accuracies that shows differences, with room for labels above; the axis label says where it starts."""
     values = [v for row in rows for v in [*row.accuracies, *([row.published] if row.published else [])]]
     low, high = min(values), max(values)
-    room = max(1.0, 0.35 * (high - low))
-    return max(0.0, math.floor(low - 2 * room)), min(101.0, math.ceil(high + room))
+    return max(0.0, math.floor(low - 0.4 * (high - low) - 1)), min(105.0, math.ceil(high + 0.15 * (high - low) + 1))
 
 
 def labels(rows: list[Row]) -> list[str]:
@@ -186,9 +187,10 @@ def bars(axes: Axes, rows: list[Row], tasks: list[str]) -> None:
         colour, alpha = COLOURS[mine[0].method.removesuffix("-shallow")], 1 - 0.5 * i / len(series)
         drawn = axes.bar(at, means, width * 0.92, yerr=spread, capsize=3, label=name, color=colour, alpha=alpha)
         axes.bar_label(drawn, [f"{m:.1f}" for m in means], padding=2, fontsize=8)
-        for x, row in zip(at, mine, strict=True):
-            if row.published:
-                axes.hlines(row.published, x - width / 2, x + width / 2, color="black", linewidth=1.5)
+        known = [(x, row.published) for x, row in zip(at, mine, strict=True) if row.published]
+        for x, value in known:
+            label = "paper" if (x, name) == (known[0][0], series[0]) else None
+            axes.hlines(value, x - width / 2, x + width / 2, color="black", label=label)
     axes.set_xticks(range(len(tasks)), tasks, rotation=30 if len(tasks) > 8 else 0)
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, frameon=False)
 
@@ -200,12 +202,12 @@ def bar_figure(rows: list[Row]) -> Figure:
     panels = {"first layer": [row for row in rows if row.method.endswith("-shallow")]}
     panels["all layers"] = [row for row in rows if not row.method.endswith("-shallow")]
     panels = {title: shown for title, shown in panels.items() if shown}
-    width = max(4.5, 1 + 0.45 * len(rows) / len(panels))
+    width = max(5.5, 1 + 0.45 * len(rows) / len(panels))
     figure = Figure(figsize=(width * len(panels), 4), layout="constrained")
     low, high = limits(rows)
     for axes, (title, shown) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         bars(axes, shown, list(most))
-        axes.set(title=title, ylim=(low, high))
+        axes.set(title=f"{title} (mean, standard deviation over seeds)", ylim=(low, high))
         axes.set_ylabel("test accuracy, %" + (f" (axis starts at {low:g})" if low else ""))
     return figure
 

@@ -199,7 +199,7 @@ def study(sweep: Sweep, cell: Cell, results: Results, runner: Callable, bar: tqd
     """Grid, choice and final runs of one cell."""
     candidates, tried = grid(sweep, cell), []
     first = candidates[0]
-    bar.set_description(f"{cell.task} {cell.method}")
+    bar.set_description(f"{cell.task} {cell.method}", refresh=False)
     for stop, keep in stages(sweep, first.epochs):
         lines = results.complete(candidates, stop, runner, bar)
         tried += lines
@@ -210,8 +210,7 @@ def study(sweep: Sweep, cell: Cell, results: Results, runner: Callable, bar: tqd
         (chosen,) = candidates
         tested = results.complete(finals(sweep, cell, chosen.lr, chosen.wd), None, runner, bar)
     length = None if "tune" in METHODS[cell.method] else first.length
-    sizes = TASKS[cell.task].sizes
-    images = round(cell.fraction * plan.images(TASKS[cell.task].final, sizes)) if sizes else None
+    images = (tested or tried)[0]["images"]
     return report.Row(cell.task, cell.method, length, cell.fraction, images, tried, ranked, tested)
 
 
@@ -235,7 +234,8 @@ def run(sweep: Sweep) -> None:
     with ExitStack() as stack:
         for path in sorted({home} | {folder(sweep, cell.task) for cell in todo}):
             lock(path, stack)
-        runner = on_ray(sweep.ray, stack) if sweep.ray else partial(in_turn, Worker(torch.get_num_threads()))
+        device = grid(sweep, todo[0])[0].device
+        runner = on_ray(sweep.ray, device, stack) if sweep.ray else partial(in_turn, Worker(torch.get_num_threads()))
         total = sum(count for cell in todo for _, count, _ in costs(sweep, cell))
         with tqdm(total=total, unit="run", **BAR) as bar:
             for cell in todo:

@@ -267,8 +267,8 @@ def train(config: Config, backbone: ViT, data: Dataset, stop: int | None = None)
     history = checkpoint.resume(Path(config.out), asdict(config), model, optimizer)
     count = data.count(training_split(config, data), config.fraction)
     stop = min(stop or config.epochs, config.epochs)
-    with tqdm(total=config.epochs * count, initial=len(history) * count, unit="img", **BAR) as bar:
-        bar.set_description(f"{data.task} {method(config)}")
+    name = f"{data.task} {method(config)}"
+    with tqdm(desc=name, total=config.epochs * count, initial=len(history) * count, unit="img", **BAR) as bar:
         while len(history) < stop and "status" not in (history or [{}])[-1]:
             row = run_epoch(config, model, backbone, optimizer, data, len(history), bar)
             if not math.isfinite(row["loss"]):

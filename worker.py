@@ -14,7 +14,7 @@ import torch
 
 import checkpoint
 from data import UsageError, load
-from train import Config, evaluate, load_backbone, train
+from train import Config, evaluate, load_backbone, train, training_split
 
 
 def settings(config: Config) -> dict:
@@ -46,7 +46,8 @@ class Worker:
         if config.compile:  # steps of other shapes would fill up the compiler's list of variants
             shapes = (*key, config.tune, config.share, config.shallow, config.length, config.batch)
             self.keep("compiled", shapes, torch.compiler.reset)
-        if data.count(data.final if config.final else "train", config.fraction) < 1:
+        images = data.count(training_split(config, data), config.fraction)
+        if images < 1:
             raise UsageError(f"--fraction {config.fraction:g} leaves no image of {config.task}; take a larger one")
         result = train(config, backbone, data, stop)
         line = {"settings": settings(config), "stop": stop, "status": result.status, "epochs": result.metrics["epoch"]}
@@ -55,7 +56,7 @@ class Worker:
             short = result.status == "running"
             line[split] = evaluate(config, result.model, backbone, data, split) if short else result.metrics[split]
         sizes = [sum(p.numel() for p in module.parameters()) for module in (result.model, backbone)]
-        return line | {"trained": sizes[0], "backbone": sizes[1]}
+        return line | {"images": images, "trained": sizes[0], "backbone": sizes[1]}
 
 
 def in_turn(worker: Worker, configs: list[Config], stop: int | None) -> Iterator[dict]:
@@ -63,11 +64,11 @@ def in_turn(worker: Worker, configs: list[Config], stop: int | None) -> Iterator
         yield worker.run(config, stop)
 
 
-def on_ray(address: str, stack: ExitStack) -> Callable:
-    """A runner whose workers are Ray actors: one per GPU, or else one per so many CPU cores as this process has threads.
+def on_ray(address: str, device: str, stack: ExitStack) -> Callable:
+    """A runner whose workers are Ray actors: one per GPU, or one per as many CPU cores as this process has threads.
 
-    (Sums of the same number of threads have the same last bit.) A worker that dies is started again, and its run goes
-    on from its checkpoint. Several machines need --out and --data-dir on a disk they share. UsageError without Ray.
+    Sums made by the same number of threads have the same last bit. A worker that dies is started again, and its run
+    goes on from its checkpoint. Several machines need --out and --data-dir on a disk they share.
     """
     try:
         import ray
@@ -83,17 +84,21 @@ def on_ray(address: str, stack: ExitStack) -> Callable:
         raise UsageError(f"no Ray cluster at '{address}' ({reason}); start one there: ray start --head") from None
     stack.callback(ray.shutdown)
     threads, cores, gpus = torch.get_num_threads(), *(int(ray.cluster_resources().get(k, 0)) for k in ("CPU", "GPU"))
-    count, share = (gpus, {"num_gpus": 1}) if gpus else (max(1, cores // threads), {"num_cpus": min(threads, cores)})
+    count, share = max(1, cores // threads), {"num_cpus": min(threads, cores)}
+    if device == "cuda":
+        count, share = gpus, {"num_gpus": 1}
     actor = ray.remote(max_restarts=-1, max_task_retries=5, **share)(Worker)
     pool = ActorPool([actor.remote(threads) for _ in range(count)])
-    print(
-        f"Ray: {count} workers, " + ("a GPU each" if gpus else f"{threads} CPU threads each, as OMP_NUM_THREADS says")
-    )
+    print(f"Ray: {count} workers on {device}, {threads} CPU threads each (OMP_NUM_THREADS sets how many)")
 
     def spread(configs: list[Config], stop: int | None) -> Iterator[dict]:
         try:
             yield from pool.map_unordered(lambda worker, config: worker.run.remote(config, stop), configs)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None  # what the worker raised, such as a UsageError
+        except ray.exceptions.RayActorError:
+            raise UsageError(
+                "a worker died six times in one run; has it enough memory? without --ray it says"
+            ) from None
 
     return spread

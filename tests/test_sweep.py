@@ -1,0 +1,349 @@
+"""sweep.py, worker.py, plan.py, report.py: choice, seeds, splits, kills, locks, halving, Ray, what a plan foresees."""
+
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
+
+import data as data_module
+import plan
+import report
+import sweep as sweep_module
+from data import TASKS, Dataset, Task
+from sweep import METHODS, best, expand, main, parse, stages
+from train import Config, Tuned, loss_and_hits, resolve
+from vit import ViT
+
+ROOT = Path(__file__).parent.parent
+GRID = ["--lr", "1", "5", "--wd", "0", "0.001", "--seed", "42", "44", "--epochs", "2", "--fraction", "0.1"]
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory) -> str:
+    """A file with a frozen ViT of random weights: 16 x 16 images in 4 patches, D 16, 3 layers, 2 heads."""
+    torch.manual_seed(0)
+    vit = ViT(image=16, patch=8, dim=16, n_layer=3, n_head=2)
+    path = tmp_path_factory.mktemp("backbone") / "vit.safetensors"
+    save_file(vit.state_dict(), path, {"vit": json.dumps(vit.sizes)})
+    return str(path)
+
+
+@pytest.fixture
+def words(backbone, tmp_path) -> list[str]:
+    return [*GRID, "--backbone", backbone, "--out", str(tmp_path), "--device", "cpu"]
+
+
+@pytest.fixture
+def performed(monkeypatch) -> list[tuple[str, str]]:
+    """Everything that passes through Dataset.batches: (split, "train" or "evaluate")."""
+    seen, batches = [], Dataset.batches
+
+    def recorded(self, split, batch, seed=None, **rest):
+        seen.append((split, "evaluate" if seed is None else "train"))
+        return batches(self, split, batch, seed=seed, **rest)
+
+    monkeypatch.setattr(Dataset, "batches", recorded)
+    return seen
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def numbers(folder: Path) -> list[str]:
+    """All lines of a sweep without regard to their order."""
+    return sorted(json.dumps(line, sort_keys=True) for line in lines(folder))
+
+
+def line(val: float, lr: float, wd: float = 0.0, status: str = "done") -> dict:
+    return {"status": status, "settings": {"lr": lr, "wd": wd}} | ({} if status == "diverged" else {"val": val})
+
+
+def test_the_best_val_accuracy_is_chosen_and_a_tie_goes_to_the_smaller_learning_rate_then_weight_decay():
+    tried = [line(90, 5), line(91, 25), line(91, 1, 0.01), line(91, 1, 0.001), line(0, 0.1, status="diverged")]
+    assert best(tried, 1) == [tried[3]]
+    assert best(tried, 9) == [tried[3], tried[2], tried[1], tried[0]]  # the diverged run is nowhere
+    assert best([tried[4]], 1) == []
+
+
+def test_the_default_is_the_papers_grid_and_its_five_seeds():
+    sweep = parse([])
+    assert len(sweep_module.grid(sweep, sweep_module.cells(sweep)[0])) == 40
+    assert sweep.lr == (50, 25, 10, 5, 2.5, 1, 0.5, 0.25, 0.1, 0.05)
+    assert sweep.wd == (0.01, 0.001, 0.0001, 0)
+    assert sweep.seed == (42, 44, 82, 100, 800)
+    assert [cell.method for cell in sweep_module.cells(sweep)] == ["none", "deep"]
+
+
+def test_a_grid_trains_on_train_and_sees_val_once_a_run_and_a_final_run_sees_test_once(words, performed, tmp_path):
+    assert main([*words, "--methods", "deep"]) == 0
+    one_grid = [("train", "train")] * 2 + [("val", "evaluate")]
+    one_final = [("trainval", "train")] * 2 + [("test", "evaluate")]  # the digits' protocol: VTAB's
+    assert performed == one_grid * 4 + one_final * 2
+    found = lines(tmp_path / "digits")
+    tried, tested = found[:4], found[4:]
+    top = max(tried, key=lambda r: (r["val"], -r["settings"]["lr"], -r["settings"]["wd"]))
+    assert {r["settings"]["seed"] for r in tried} == {42}
+    assert [r["settings"]["seed"] for r in tested] == [42, 44]
+    for r in tested:
+        assert {k: r["settings"][k] for k in ("lr", "wd")} == {k: top["settings"][k] for k in ("lr", "wd")}
+    assert len({r["test"] for r in tested}) == 2  # the seed does something
+
+
+def test_a_finished_sweep_recomputes_nothing_and_draws_the_same_report(words, performed, tmp_path):
+    assert main(words) == 0
+    files = {p: p.read_bytes() for p in (tmp_path / "digits").iterdir() if p.suffix in (".md", ".png", ".jsonl")}
+    assert len(files) == 3
+    performed.clear()
+    assert main(words) == 0
+    assert performed == []
+    assert files == {p: p.read_bytes() for p in files}
+    assert main([*words, "--seed", "82"]) == 0
+    assert [use for use in performed if use[1] == "evaluate"] == [
+        ("test", "evaluate")
+    ] * 2  # one more seed, two methods
+
+
+def test_a_diverged_run_is_listed_and_never_chosen_and_does_not_stop_the_sweep(words, tmp_path):
+    assert main([*words, "--methods", "none", "--lr", "1e30", "1"]) == 0
+    text = (tmp_path / "digits" / "report.md").read_text()
+    assert [r["status"] for r in lines(tmp_path / "digits")] == ["diverged"] * 2 + ["done"] * 4
+    assert "Diverged (2 runs" in text
+    assert "base lr 1e+30, weight decay 0.001, seed 42, grid, in epoch 1" in text
+    assert "| 1 | 0" in text  # chosen: base lr 1
+    assert main([*words, "--methods", "none", "--lr", "1e30"]) == 0
+    assert "all diverged" in (tmp_path / "digits" / "report.md").read_text()
+
+
+def test_the_table_has_mean_standard_deviation_and_error_over_seeds_and_the_published_figure(words, tmp_path):
+    assert main([*words, "--methods", "deep", "--seed", "1", "2", "3"]) == 0
+    tested = [r["test"] for r in lines(tmp_path / "digits") if "test" in r]
+    spread = statistics.stdev(tested)
+    row = f"| {statistics.mean(tested):.2f} ± {spread:.2f} | {spread / 3**0.5:.2f} | 3 | - |"
+    assert row in (tmp_path / "digits" / "report.md").read_text()
+    kept = {"settings": {"lr": 25.0, "wd": 1e-4}, "trained": 1, "backbone": 10, "val": 50.0}
+    tested = [{"status": "done", "test": 60.0, "settings": {"seed": 42}}]
+    cub = report.Row("cub", "deep-shallow", 100, 1.0, 5394, [], [kept], tested)
+    assert report.table([cub]).endswith("| 10.00 | 25 | 0.0001 | 50.00 | 60.00 | - | 1 | 87.2 |")
+    assert report.table([replace(cub, fraction=0.5)]).endswith("| - |")  # the paper used all images
+
+
+def test_every_method_and_length_can_be_swept(words, tmp_path):
+    words = [*words, "--epochs", "1", "--lr", "0.5", "--wd", "0", "--fraction", "0.05", "--seed", "1"]
+    assert main([*words, "--methods", *METHODS, "--length", "2", "3"]) == 0
+    found = lines(tmp_path / "digits")
+    cells = 8 * 2 + 2  # prefixes x lengths, and probe and full, which have no prefix
+    assert len(found) == cells * 2
+    assert {r["status"] for r in found} == {"done"}
+    text = (tmp_path / "digits" / "report.md").read_text()
+    assert text.count("| digits |") == cells
+    assert "| digits | 50 | probe | - |" in text  # 5 % of train and val, on which the final runs train
+    assert "deep, L 2 minus none, L 2" in text
+
+
+def test_fractions_of_the_training_images_make_a_figure_of_their_own(words, tmp_path):
+    assert main([*words, "--epochs", "1", "--lr", "0.5"]) == 0
+    assert not (tmp_path / "digits" / "fraction.png").exists()
+    assert main([*words, "--epochs", "1", "--lr", "0.5", "--fraction", "0.05", "0.1"]) == 0
+    assert (tmp_path / "digits" / "fraction.png").read_bytes().startswith(b"\x89PNG")
+    rows = (tmp_path / "digits" / "report.md").read_text().splitlines()
+    assert [row.split(" | ")[1] for row in rows if row.startswith("| digits")] == ["50", "50", "100", "100"]
+
+
+def written(folder: Path) -> set[tuple[Path, int]]:
+    return {(path, path.stat().st_mtime_ns) for path in folder.glob("runs/*/metrics.jsonl")}
+
+
+def start_and_kill(command: list[str], folder: Path, delay: float) -> None:
+    """Kill a sweep `delay` seconds after it has finished an epoch, however long it took to start."""
+    before = written(folder)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while written(folder) == before:
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_at_random_moments_ends_with_the_same_report(words, backbone, tmp_path):
+    words, rng = [*words, "--halving", "--epochs", "16"], random.Random(0)
+    assert main([*words, "--out", str(tmp_path / "unbroken")]) == 0
+    unbroken, broken = (tmp_path / name / "digits-halving" for name in ("unbroken", "broken"))
+    for kill in range(3):
+        command = [sys.executable, "sweep.py", *words, "--out", str(tmp_path / "broken")]
+        start_and_kill(command, broken, 0.5 * rng.random())
+        torn = broken / "results.jsonl"
+        if kill and torn.exists():
+            torn.write_bytes(torn.read_bytes()[:-20])  # as if the power had failed: half of the last line is missing
+    assert not (broken / "report.md").exists()  # it was never allowed to end
+    assert main([*words, "--out", str(tmp_path / "broken")]) == 0
+    assert numbers(unbroken) == numbers(broken)
+    for name in ("report.md", "report.png"):
+        assert (unbroken / name).read_bytes() == (broken / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_second_sweep_on_a_folder_is_refused_while_the_first_is_at_work(words, tmp_path, capsys):
+    command = [sys.executable, "sweep.py", *words, "--epochs", "10000"]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "digits" / "runs").exists():
+            assert first.poll() is None
+            time.sleep(0.1)
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert "another sweep is at work" in error
+        assert error.count("\n") == 1
+    finally:
+        first.kill()
+        first.wait()
+    assert main([*words, "--methods", "probe"]) == 0  # a killed sweep leaves no lock
+
+
+def test_halving_drops_the_worse_half_at_each_stage_and_survivors_end_as_in_the_full_grid(words, performed, tmp_path):
+    words = [*words, "--methods", "deep", "--epochs", "8"]
+    assert stages(parse(words), 8) == [(None, 1)]
+    assert stages(parse([*words, "--halving"]), 8) == [(1, 2), (2, 1), (4, 1), (None, 1)]
+    assert main(words) == 0
+    performed.clear()
+    assert main([*words, "--halving"]) == 0
+    assert performed.count(("train", "train")) == 4 * 1 + 2 * 1 + 1 * 2 + 1 * 4  # nothing is trained twice
+    full = {json.dumps(r["settings"]): r for r in lines(tmp_path / "digits")}
+    (winner,) = [r for r in lines(tmp_path / "digits-halving") if "val" in r and r["stop"] is None]
+    assert full[json.dumps(winner["settings"])] == winner  # bit for bit, although it was stopped three times
+    text = (tmp_path / "digits-halving" / "report.md").read_text()
+    assert "successive halving, 12 of the full grid's 32 epochs (62 % saved)" in text
+    assert "the full grid, 4 runs, 32 epochs" in (tmp_path / "digits" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_planned_flops_of_a_step_are_within_15_percent_of_those_counted_in_a_real_one(name):
+    vit = ViT(image=64, patch=8, dim=64, n_layer=4, n_head=4)  # 65 tokens
+    config = resolve(Config(**METHODS[name], length=20, device="cpu"))
+    model = Tuned(config, vit.requires_grad_(False), classes=10)
+    pixels, labels = torch.randint(256, (64, 64, 64, 3), dtype=torch.uint8), torch.randint(10, (64,))
+    counter = FlopCounterMode(display=False)
+    with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # whose products are countable
+        loss, _ = loss_and_hits(model, vit, pixels, labels, bf16=False)
+        loss.backward()
+    training, evaluation = plan.image_flops(config, vit, classes=10)
+    assert training == pytest.approx(counter.get_total_flops() / 64, rel=0.15)
+    assert evaluation < 0.6 * training or config.tune == "linear"  # the test can fail: backward is not free
+
+
+def test_the_plan_of_a_paper_like_task_is_within_15_percent_of_what_its_runs_are_counted_to_need(
+    monkeypatch, words, backbone, capsys
+):
+    digits = TASKS["digits"]
+    task = replace(digits, group="FGVC", final="train", backbone=backbone, epochs=2, settings={"deep": (6, 1.0, 0.0)})
+    monkeypatch.setattr(data_module, "TASKS", TASKS)
+    monkeypatch.setitem(TASKS, "birds", task)
+    words = [w for w in words if w not in ("--backbone", backbone, "--epochs", "2", "--fraction", "0.1")]
+    words = ["--tasks", "paper", "--methods", "deep", "--lr", "1", "--wd", "0", "--seed", "1", "2", *words[-4:]]
+    assert main([*words, "--dry-run", "--img-per-s", "1000"]) == 0
+    (row,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("birds")]
+    assert row[:6] == ["birds", "deep", "6", "1", "3", f"{(1 + 2) * 2 * 800:,}"]
+    counter = FlopCounterMode(display=False)
+    with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert main(words) == 0
+    assert float(row[6]) * 1e15 == pytest.approx(counter.get_total_flops(), rel=0.15)
+    assert float(row[7]) == pytest.approx(3 * 2 * 800 / 1000 / 3600, rel=0.5)  # and evaluation on top
+
+
+def test_a_dry_run_measures_this_machine_and_writes_nothing(words, tmp_path, capsys):
+    assert main([*words, "--dry-run"]) == 0
+    assert "measured here" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_groups_expand_to_the_tasks_that_belong_to_them(monkeypatch):
+    for name, group in {"cub": "FGVC", "cifar": "VTAB-natural", "clevr": "VTAB-structured"}.items():
+        monkeypatch.setitem(TASKS, name, Task(group, ["a", "b"], TASKS["digits"].load))
+    assert expand(["vtab"]) == [t for t in TASKS if TASKS[t].group.startswith("VTAB")]
+    assert expand(["cub", "paper", "digits"])[:1] + expand(["digits", "digits"]) == ["cub", "digits"]
+    assert "cifar" in expand(["vtab"])
+    assert "cifar" not in expand(["fgvc"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    {
+        "--tasks digitz": "did you mean 'digits'?",
+        "--methods depe": "no method 'depe'; methods: none",
+        "--lr": "--lr needs at least one value",
+        "--lr 0": "--lr is 0.0; it must be positive",
+        "--seed -1": "neither may be negative",
+        "--fraction 0.0001": "leaves no image of digits",
+        "--img-per-s 0": "--img-per-s is 0.0; it must be positive",
+        "--length x": "invalid int value",
+        "--backbone nowhere.safetensors": "nowhere.safetensors",
+    }.items(),
+)
+def test_wrong_input_is_one_sentence_and_exit_code_2(words, wrong, sentence, capsys):
+    assert main([*words, *wrong.split()]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert sentence in error
+
+
+@pytest.mark.slow
+def test_separate_processes_and_one_sweep_find_the_same_numbers_bit_for_bit(words, capsys):
+    assert main([*words, "--compare", "--methods", "deep", "--lr", "1", "1e30", "--wd", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "2 runs of 2 epochs" in said
+    assert "0 runs differ in any loss or accuracy" in said
+
+
+def test_without_ray_the_option_is_refused_in_one_sentence(words, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)  # `import ray` raises ImportError
+    assert main([*words, "--ray"]) == 2
+    assert "pip install ray" in capsys.readouterr().err
+
+
+def descendants(pid: int) -> list[tuple[int, str]]:
+    """(pid, command line) of all processes below pid."""
+    parents, found = {}, [pid]
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has just ended
+            continue
+    for parent in found:
+        found += [child for child, its_parent in parents.items() if its_parent == parent]
+    names = {child: Path(f"/proc/{child}/cmdline") for child in found[1:]}
+    return [(child, path.read_bytes().decode()) for child, path in names.items() if path.exists()]
+
+
+@pytest.mark.slow
+def test_ray_workers_find_the_same_numbers_and_one_that_is_killed_is_retried(words, tmp_path):
+    pytest.importorskip("ray")
+    words, env = [*words, "--epochs", "40", "--methods", "deep"], os.environ | {"OMP_NUM_THREADS": "1"}
+    alone = [sys.executable, "sweep.py", *words, "--out", str(tmp_path / "alone")]
+    subprocess.run(alone, cwd=ROOT, env=env, check=True, capture_output=True)
+    command = [sys.executable, "sweep.py", *words, "--out", str(tmp_path / "ray"), "--ray"]
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    killed = None
+    while killed is None and process.poll() is None:
+        workers = [pid for pid, name in descendants(process.pid) if name.startswith("ray::Worker.run")]
+        if workers and list((tmp_path / "ray" / "digits" / "runs").glob("*/state.pt")):
+            killed = workers[0]
+            os.kill(killed, signal.SIGKILL)
+        time.sleep(0.05)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert killed is not None
+    assert numbers(tmp_path / "ray" / "digits") == numbers(tmp_path / "alone" / "digits")
+    assert (tmp_path / "ray/digits/report.md").read_bytes() == (tmp_path / "alone/digits/report.md").read_bytes()
