@@ -1,0 +1,231 @@
+"""pixels.py: what reaches the model is what torchvision's own pipeline makes, bit for bit; and it is decoded once."""
+
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.datasets.folder import default_loader
+from torchvision.transforms import functional
+
+import pixels
+from data import UsageError, load
+from pixels import IMAGENET_MEAN, IMAGENET_STD, Dataset, Split, crop, normalise, prepare, stratified
+
+ROOT = Path(__file__).parent.parent
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def odd_images(folder: Path) -> list[tuple[str, int]]:
+    """Portrait, landscape, tiny, exact, grey, CMYK, 16-bit, palette with transparency, rotated by its EXIF tag."""
+    folder.mkdir()
+    picture(300, 500).save(folder / "portrait.jpg")
+    picture(501, 333).save(folder / "landscape.jpg")
+    picture(31, 40).save(folder / "tiny.jpg")
+    picture(256, 256).save(folder / "exact.jpg")
+    picture(320, 280).convert("L").save(folder / "grey.jpg")
+    picture(320, 280).convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(np.arange(300 * 270, dtype=np.uint16).reshape(270, 300)).save(folder / "deep.png")
+    picture(300, 270).convert("P").save(folder / "palette.png", transparency=0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees: torchvision's loader does not
+    picture(400, 300).save(folder / "turned.jpg", exif=exif)
+    return [(path.name, i) for i, path in enumerate(sorted(folder.iterdir()))]
+
+
+def test_training_pixels_equal_torchvision_s_pipeline_bit_for_bit(tmp_path):
+    files = odd_images(tmp_path / "images")
+    split = prepare(tmp_path, "odd", tmp_path / "images", files, 256)
+    to_float = transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    flips, out = set(), np.empty((224, 224, 3), np.uint8)
+    for turn in range(3):
+        for i, (name, _) in enumerate(files):
+            crop(split.image(i), 224, out, np.random.default_rng([turn, i]))
+            rng = np.random.default_rng([turn, i])  # the same draws: top and left, then the flip
+            resized = transforms.Resize(256)(default_loader(tmp_path / "images" / name))
+            top, left = rng.integers(0, np.array([resized.height, resized.width]) - 224 + 1)
+            theirs = functional.crop(resized, top, left, 224, 224)
+            flipped = rng.choice((1, -1)) == -1
+            theirs = to_float(functional.hflip(theirs) if flipped else theirs)
+            assert torch.equal(normalise(torch.from_numpy(out)[None])[0], theirs), name
+            flips.add(flipped)
+    assert flips == {True, False}
+
+
+def test_test_pixels_equal_torchvision_s_pipeline_bit_for_bit(tmp_path):
+    files = odd_images(tmp_path / "images")
+    for rule, augment, size, theirs in (
+        (256, True, 224, [transforms.Resize(256), transforms.CenterCrop(224)]),  # FGVC
+        ((224, 224), False, 224, [transforms.Resize((224, 224))]),  # VTAB-1K
+    ):
+        split = prepare(tmp_path, "odd", tmp_path / "images", files, rule)
+        data = Dataset("odd", [""] * len(files), size, augment, "train", {"train": split, "val": split, "test": split})
+        pipeline = transforms.Compose(
+            [*theirs, transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+        )
+        made = torch.cat([normalise(images) for images, _ in data.batches("test", 4)])
+        for mine, (name, _) in zip(made, files, strict=True):
+            assert torch.equal(mine, pipeline(default_loader(tmp_path / "images" / name))), name
+
+
+def test_an_epoch_holds_every_image_once_in_an_order_of_its_own():
+    images = np.arange(20, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2).repeat(3, 3)
+    data = Dataset("t", list("ab"), 4, False, "train", {"train": Split.of(images, np.arange(20) % 2)})
+
+    def order(seed, epoch):
+        batches = list(data.batches("train", 6, seed, epoch))
+        assert [len(labels) for _, labels in batches] == [6, 6, 6, 2]
+        numbers = torch.cat([pixels[:, 0, 0, 0] for pixels, _ in batches])
+        assert torch.equal(torch.cat([labels for _, labels in batches]), numbers.long() % 2)
+        return numbers.tolist()
+
+    assert sorted(order(1, 0)) == list(range(20))
+    assert order(1, 0) == order(1, 0) != order(1, 1)
+    assert order(1, 0) != order(2, 0)
+    assert order(None, 0) == list(range(20))
+
+
+def test_a_fraction_is_stratified_and_part_of_every_larger_one():
+    labels = np.repeat([0, 1, 2], [600, 300, 100])
+    images = np.zeros((1000, 1, 1, 3), np.uint8)
+    data = Dataset("t", list("abc"), 1, False, "train", {"train": Split.of(images, labels)})
+    chosen = {f: {i for _, i in data.images("train", f)} for f in (0.05, 0.1, 0.5, 1.0)}
+    assert [len(part) for part in chosen.values()] == [50, 100, 500, 1000]
+    assert chosen[0.05] < chosen[0.1] < chosen[0.5] < chosen[1.0]
+    assert np.bincount(labels[list(chosen[0.1])]).tolist() == [60, 30, 10]
+    assert stratified(labels, 0).tolist() != stratified(labels, 1).tolist()
+
+
+def many(folder: Path, count: int = 300) -> list[tuple[str, int]]:
+    folder.mkdir()
+    for i in range(count):
+        picture(300, 260, i).save(folder / f"{i:03}.jpg")
+    return [(f"{i:03}.jpg", i % 3) for i in range(count)]
+
+
+def test_two_processes_at_once_decode_once_and_hold_the_same_pixels(tmp_path):
+    files = many(tmp_path / "images", 150)
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    pair = [
+        context.Process(target=prepare, args=(tmp_path / "cache", "t", tmp_path / "images", files, 64)) for _ in "ab"
+    ]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join()
+    assert [process.exitcode for process in pair] == [0, 0]
+    cached = [path for path in (tmp_path / "cache").iterdir() if path.suffix == ".pixels"]
+    assert len(cached) == 1
+    before = cached[0].stat().st_mtime_ns
+    split = prepare(tmp_path / "cache", "t", tmp_path / "images", files, 64)
+    assert cached[0].stat().st_mtime_ns == before
+    expected = np.asarray(transforms.Resize(64)(default_loader(tmp_path / "images" / "077.jpg")))
+    assert np.array_equal(split.image(77), expected)
+
+
+def test_a_kill_while_decoding_leaves_nothing_that_is_taken_for_whole(tmp_path):
+    files = many(tmp_path / "images")
+    code = (
+        f"from pathlib import Path; from pixels import prepare; base = Path({str(tmp_path / 'images')!r})\n"
+        f"prepare(Path({str(tmp_path / 'cache')!r}), 't', base, {files!r}, 256)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
+    while not list((tmp_path / "cache").glob(".*.part")) and process.poll() is None:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not list((tmp_path / "cache").glob("*.pixels"))
+    split = prepare(tmp_path / "cache", "t", tmp_path / "images", files, 256)
+    assert len(split) == 300
+    assert not list((tmp_path / "cache").glob(".*.part"))
+
+
+def test_a_truncated_cache_a_missing_and_an_unreadable_image_are_named(tmp_path):
+    files = odd_images(tmp_path / "images")
+    prepare(tmp_path / "cache", "t", tmp_path / "images", files, 32)
+    (cached,) = (tmp_path / "cache").glob("*.pixels")
+    cached.write_bytes(cached.read_bytes()[:-1000])
+    with pytest.raises(UsageError, match="damaged; delete it"):
+        prepare(tmp_path / "cache", "t", tmp_path / "images", files, 32)
+    with pytest.raises(UsageError, match=re.escape("gone.jpg belongs to t but cannot be had")):
+        prepare(tmp_path / "cache", "t", tmp_path / "images", [*files, ("gone.jpg", 0)], 32)
+    (tmp_path / "images" / "broken.jpg").write_bytes((tmp_path / "images" / "exact.jpg").read_bytes()[:300])
+    with pytest.raises(UsageError, match=re.escape("broken.jpg cannot be read as an image")):
+        prepare(tmp_path / "cache", "t", tmp_path / "images", [*files, ("broken.jpg", 0)], 32)
+    assert not list((tmp_path / "cache").glob(".*.part"))
+
+
+def test_a_full_disk_while_decoding_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+    files = odd_images(tmp_path / "images")
+    monkeypatch.setattr(pixels, "need", lambda size, folder: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(UsageError, match=r"cannot be written \(No space left\)"):
+        prepare(tmp_path / "cache", "t", tmp_path / "images", files, 32)
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from pixels import Dataset, Split
+split = Split.open(Path(sys.argv[1]))
+data = Dataset("t", ["a"], 224, True, "train", {"train": split})
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+before, most = resident(), 0
+for images, labels in data.batches("train", 64, seed=0):
+    most = max(most, resident())
+print(len(split.pixels), most - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+def test_an_epoch_does_not_load_the_cache_into_memory(tmp_path):
+    n, side = 4000, 256  # 786 MB in a file with holes, which takes no disk
+    path = tmp_path / "t.pixels"
+    index = np.column_stack([np.arange(n) * side * side * 3, np.full((n, 2), side), np.zeros(n)]).astype(np.int64)
+    with path.open("wb") as file:
+        file.truncate(n * side * side * 3)
+        file.seek(0, 2)
+        file.write(index.tobytes() + np.int64(n).tobytes())
+    ran = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    size, grown = map(int, ran.stdout.split())
+    assert size == n * side * side * 3
+    assert grown < size / 4
+
+
+def test_the_user_s_own_folders_are_split_or_taken_as_they_are(tmp_path):
+    for c in "ab":
+        (tmp_path / "mine" / c).mkdir(parents=True)
+        for i in range(20):
+            picture(40, 40, i).save(tmp_path / "mine" / c / f"{i}.jpg")
+    data = load(str(tmp_path / "mine"), tmp_path / "data", 32)
+    assert {name: len(split) for name, split in data.splits.items()} == {"train": 32, "val": 4, "test": 4}
+    assert all(np.bincount(split.index[:, 3]).tolist() == [len(split) // 2] * 2 for split in data.splits.values())
+    assert load(str(tmp_path / "mine"), tmp_path / "data", 32).listing == data.listing
+    for split in ("train", "val", "test"):
+        (tmp_path / "own" / split / "x").mkdir(parents=True)
+        picture(40, 40).save(tmp_path / "own" / split / "x" / "1.jpg")
+    assert load(str(tmp_path / "own"), tmp_path / "data", 32).count("val") == 1
+    (tmp_path / "own" / "train" / "empty").mkdir()
+    with pytest.raises(UsageError, match="empty"):
+        load(str(tmp_path / "own"), tmp_path / "data", 32)
+    (tmp_path / "own" / "train" / "empty").rmdir()
+    (tmp_path / "own" / "test" / "x").rename(tmp_path / "own" / "test" / "y")
+    with pytest.raises(UsageError, match="has the class 'y'"):
+        load(str(tmp_path / "own"), tmp_path / "data", 32)
