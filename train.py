@@ -13,6 +13,7 @@ Sources: Jia et al., ECCV 2022 (VPT); Le et al., ICLR 2025, arXiv 2410.02200, se
 
 import argparse
 import copy
+import json
 import math
 import sys
 import zipfile
@@ -27,9 +28,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
-from data import Dataset, UsageError, find, load, normalise
+from data import Dataset, UsageError, find, load, normalise, write
 from prefix import Prefix
 from vit import ViT
+
+BAR = {"mininterval": 0.2 if sys.stderr.isatty() else 30, "dynamic_ncols": True, "leave": None, "delay": 2}
 
 
 def opt(default, help):
@@ -108,6 +111,7 @@ def load_backbone(config: Config, pretrained: bool = True) -> ViT:
     pretrained: False gives a timm ViT random weights and needs no download; enough to measure how fast it is.
     """
     config = resolve(config)
+    torch.manual_seed(config.seed)  # for a backbone from scratch
     try:
         vit = ViT.load(config.backbone, pretrained)
     except (ValueError, RuntimeError, OSError, KeyError, zipfile.BadZipFile) as error:
@@ -116,15 +120,8 @@ def load_backbone(config: Config, pretrained: bool = True) -> ViT:
         raise UsageError(f"the backbone '{config.backbone}' cannot be used ({reason}); {mend}") from error
     vit.to(config.device).requires_grad_(False)
     if use_bf16(config, vit) and config.tune != "full":
-        hold_in_bf16(vit)
+        vit.hold_in_bf16()
     return vit
-
-
-def hold_in_bf16(vit: ViT) -> None:
-    """Cast the matrices for good: they never change, so no fp32 copy need be kept and cast in every step."""
-    for module in vit.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            module.to(torch.bfloat16)
 
 
 class Tuned(nn.Module):
@@ -265,6 +262,8 @@ def train(config: Config, backbone: ViT, data: Dataset, stop: int | None = None)
     model = Tuned(config, backbone, len(data.classes)).to(config.device)
     optimizer = make_optimizer(config, model)
     history = checkpoint.resume(Path(config.out), asdict(config), model, optimizer)
+    if data.listing is not None:  # a split made here, to be repeated
+        write(Path(config.out) / "split.json", json.dumps(data.listing, indent=1).encode())
     count = data.count(training_split(config, data), config.fraction)
     stop = min(stop or config.epochs, config.epochs)
     name = f"{data.task} {method(config)}"
@@ -280,15 +279,6 @@ def train(config: Config, backbone: ViT, data: Dataset, stop: int | None = None)
             title = f"{config.task}, {method(config)}: {summary(history)}"
             checkpoint.save(Path(config.out), asdict(config), model, optimizer, history, title)
     return Result(history[-1].get("status", "running"), history[-1], history, model, Path(config.out))
-
-
-BAR = {
-    "mininterval": 0.2 if sys.stderr.isatty() else 30,
-    "dynamic_ncols": True,
-    "smoothing": 0.05,
-    "leave": None,
-    "delay": 2,
-}
 
 
 def summary(history: list[dict]) -> str:
@@ -331,7 +321,15 @@ def run(config: Config) -> int:
     backbone = load_backbone(config)
     data = load(config.task, config.data_dir, backbone.image)
     length = f"L {config.length}, " if config.tune == "prefix" else ""
-    settings = f"{length}base lr {config.lr:g}, weight decay {config.wd:g}, batch {config.batch}"
+    known = find(config.task).settings.get(method(config))
+    source = (
+        "none is published"
+        if known is None
+        else "published"
+        if known == (config.length, config.lr, config.wd)
+        else "yours"
+    )
+    settings = f"{length}base lr {config.lr:g}, weight decay {config.wd:g} ({source}), batch {config.batch}"
     images = f"{config.epochs} epochs of {data.count(training_split(config, data), config.fraction)} images"
     print(f"{config.task}: {method(config)}, {settings}, {images}, {config.device}")
     result = train(config, backbone, data)

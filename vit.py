@@ -146,6 +146,12 @@ class ViT(nn.Module):
         """
         return self.tokens(images, prefix, n_query=1)[:, 0]
 
+    def hold_in_bf16(self) -> None:
+        """Cast the matrices for good, for a frozen ViT: no fp32 copy is kept and cast in every step. Norms stay fp32."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.to(torch.bfloat16)
+
     @classmethod
     def load(cls, name: str, pretrained: bool = True) -> "ViT":
         """tiny: the shipped weights; scratch: that shape, random; a .npz or .safetensors file; or a name of timm's."""

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import tarfile
 import zipfile
 from dataclasses import replace
@@ -132,3 +133,99 @@ def test_a_vtab_task_goes_from_nothing_to_a_trained_prefix_and_is_not_fetched_or
     assert dataset.count("trainval") == 8
     assert len(dataset.classes) == data.TASKS[task].classes  # of the table; the lists name two
     assert (files(tmp_path / "data"), site.log) == (before, [("/vtab-1k.zip", 0)])
+
+
+PAPER = {  # task: (train, val, test, classes), as the paper prints them
+    "cub": (5394, 600, 5794, 200),
+    "nabirds": (21536, 2393, 24633, 555),
+    "flowers": (1020, 1020, 6149, 102),
+    "dogs": (10800, 1200, 8580, 120),
+    "cars": (7329, 815, 8041, 196),
+}
+TOTALS = {"cub": 11_788, "nabirds": 48_562, "flowers": 8_189, "dogs": 20_580, "cars": 16_185}
+
+
+@pytest.mark.parametrize("task", PAPER)
+def test_the_recorded_splits_have_the_paper_s_sizes_and_sha256_of_their_own(task):
+    rows = [benchmarks.SPLIT_FILES[f"{benchmarks.FGVC[task].splits}/{split}"] for split in benchmarks.SPLITS]
+    assert (*(images for _, images, _ in rows), rows[0][2]) == PAPER[task]
+    assert sum(images for _, images, _ in rows) == TOTALS[task]
+    assert (*data.TASKS[task].sizes.values(), data.TASKS[task].classes) == PAPER[task]
+    assert all(len(bytes.fromhex(sha256)) == 32 for sha256, _, _ in rows)
+    assert len({sha256 for sha256, *_ in benchmarks.SPLIT_FILES.values()}) == 15
+
+
+def test_vtab_has_its_19_tasks_in_three_groups():
+    groups = {name: task.group for name, task in data.TASKS.items() if task.group.startswith("VTAB")}
+    sizes = [list(groups.values()).count(f"VTAB-1K {group}") for group in ("natural", "specialized", "structured")]
+    assert sizes == [7, 4, 8]
+    assert all(data.TASKS[name].final == "trainval" and not data.TASKS[name].augment for name in groups)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "expected"),
+    [
+        ("cub", {"share": "deep"}, (10, 25, 1e-4)),
+        ("cub", {"share": "none", "shallow": True}, (100, 10, 1e-4)),
+        ("nabirds", {"share": "simple", "shallow": True}, (50, 1, 0)),
+        ("flowers", {"share": "simple"}, (5, 50, 1e-3)),
+        ("dogs", {"share": "deep", "shallow": True}, (100, 0.1, 1e-4)),
+        ("cars", {"share": "none"}, (200, 50, 0)),
+    ],
+)
+def test_published_settings_are_the_defaults_and_what_the_user_passes_wins(task, options, expected):
+    config = train.resolve(train.Config(task=task, **options))
+    assert (config.length, config.lr, config.wd, config.epochs) == (*expected, 100)
+    config = train.resolve(train.Config(task=task, **options, lr=0.7, length=3))
+    assert (config.length, config.lr, config.wd) == (3, 0.7, expected[2])
+
+
+def test_classes_are_numbered_by_the_train_split_even_if_another_split_lacks_one(site, tmp_path, monkeypatch):
+    publish_fgvc("nabirds", site.folder, site.url, monkeypatch)
+    (tmp_path / "data").mkdir()
+    (site.folder / "nabirds.tar.gz").rename(tmp_path / "data" / "nabirds.tar.gz")
+    splits = load("nabirds", tmp_path / "data", 32).splits
+    assert sorted(set(splits["train"].index[:, 3])) == [0, 1, 2]
+    assert sorted(splits["val"].index[:, 3]) == [0, 2]  # ranked within val alone, the last would be 1
+
+
+@pytest.mark.parametrize("layout", ["", "cub", "CUB_200_2011", "cub/CUB_200_2011"])
+def test_a_folder_that_the_user_has_is_found_and_nothing_is_downloaded(layout, site, tmp_path, monkeypatch):
+    publish_fgvc("cub", site.folder, site.url, monkeypatch)
+    home = tmp_path / "data" / layout
+    home.mkdir(parents=True)
+    with tarfile.open(site.folder / "CUB_200_2011.tgz") as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (tmp_path / "unpacked" / "CUB_200_2011" / "images").rename(home / "images")
+    for split in benchmarks.SPLITS:
+        (site.folder / "cub" / f"{split}.json").rename(home / f"{split}.json")
+    assert load("cub", tmp_path / "data", 32).count("train") == 12
+    assert site.log == []
+
+
+def test_a_split_file_that_names_a_missing_image_is_one_sentence(site, tmp_path, monkeypatch, capsys):
+    publish_fgvc("cub", site.folder, site.url, monkeypatch)
+    assert run("cub", tmp_path) == 0
+    missing = next((tmp_path / "data").rglob("Bird_2.jpg"))
+    missing.unlink()
+    assert run("cub", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert f"{missing} belongs to cub" in error
+
+
+def test_the_task_list_and_the_preparation_of_one_task_print_what_they_found(site, tmp_path, monkeypatch, capsys):
+    publish_fgvc("flowers", site.folder, site.url, monkeypatch)
+    words = ["--data-dir", str(tmp_path / "data")]
+    assert data.main(words) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in data.TASKS)
+    assert "https://dl.allaboutbirds.org/nabirds" in listed
+    assert data.main(["flowers", *words, "--size", "32"]) == 0
+    described = capsys.readouterr().out
+    assert "train      12 images, 4 to 4 per class" in described
+    with Image.open(tmp_path / "data" / "flowers.png") as sheet:
+        assert sheet.size[0] > 1000
+    assert data.main(words) == 0
+    assert re.search(r"^flowers .* ready$", capsys.readouterr().out, re.MULTILINE)
+    assert data.main(["flowerz", *words]) == 2
+    assert "did you mean 'flowers'" in capsys.readouterr().err

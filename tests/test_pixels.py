@@ -1,5 +1,6 @@
 """pixels.py: what reaches the model is what torchvision's own pipeline makes, bit for bit; and it is decoded once."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -18,6 +19,7 @@ from torchvision.datasets.folder import default_loader
 from torchvision.transforms import functional
 
 import pixels
+import train
 from data import UsageError, load
 from pixels import IMAGENET_MEAN, IMAGENET_STD, Dataset, Split, crop, normalise, prepare, stratified
 
@@ -218,6 +220,17 @@ def test_the_user_s_own_folders_are_split_or_taken_as_they_are(tmp_path):
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 32, "val": 4, "test": 4}
     assert all(np.bincount(split.index[:, 3]).tolist() == [len(split) // 2] * 2 for split in data.splits.values())
     assert load(str(tmp_path / "mine"), tmp_path / "data", 32).listing == data.listing
+    words = ["--backbone", "scratch", "--epochs", "1", "--length", "2", "--device", "cpu"]
+    words += ["--task", str(tmp_path / "mine"), "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    assert train.main(words) == 0
+    kept = json.loads((tmp_path / "out" / "split.json").read_text())
+    assert kept == data.listing
+    kept["val"], kept["test"] = kept["test"], kept["val"]  # a split.json in the folder is obeyed
+    (tmp_path / "mine" / "split.json").write_text(json.dumps(kept))
+    assert load(str(tmp_path / "mine"), tmp_path / "data", 32).listing["val"] == data.listing["test"]
+    (tmp_path / "mine" / "split.json").write_text("{}")
+    with pytest.raises(UsageError, match="mend or delete it"):
+        load(str(tmp_path / "mine"), tmp_path / "data", 32)
     for split in ("train", "val", "test"):
         (tmp_path / "own" / split / "x").mkdir(parents=True)
         picture(40, 40).save(tmp_path / "own" / split / "x" / "1.jpg")

@@ -234,7 +234,7 @@ def cast(vit: ViT) -> ViT:
     """The same weights as `load_backbone` holds them in bf16."""
     copy = ViT(**vit.sizes)
     copy.load_state_dict(vit.state_dict())
-    train_module.hold_in_bf16(copy)
+    copy.hold_in_bf16()
     assert copy.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
     assert copy.blocks[0].norm1.weight.dtype == torch.float32
     return copy.requires_grad_(False)

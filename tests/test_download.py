@@ -1,0 +1,183 @@
+"""download.py: broken connections go on, wrong and hostile files are refused, nothing half-written is taken."""
+
+import hashlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from local_server import serve
+
+import download
+from download import UsageError, fetch, obtain, write
+
+ROOT = Path(__file__).parent.parent
+CONTENT = bytes(range(256)) * 4000  # about 1 MB
+MD5 = f"md5:{hashlib.md5(CONTENT).hexdigest()}"
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "file.bin").write_bytes(CONTENT)
+    (tmp_path / "got").mkdir()
+    monkeypatch.setattr(download, "PAUSE", 0.001)
+    with serve(tmp_path / "site") as server:
+        yield server
+
+
+def test_a_connection_cut_in_the_middle_goes_on_where_it_was(site, tmp_path):
+    site.cuts = 3
+    path = fetch([f"{site.url}/file.bin"], tmp_path / "got" / "file.bin", MD5)
+    assert path.read_bytes() == CONTENT
+    starts = [start for _, start in site.log]
+    assert starts == sorted(starts)
+    assert len(set(starts)) == 4  # the first from 0, every other from where the one before was cut
+
+
+def test_a_server_that_cannot_go_on_sends_everything_again(site, tmp_path):
+    site.cuts, site.resumes = 1, False
+    assert fetch([f"{site.url}/file.bin"], tmp_path / "got" / "file.bin", MD5).read_bytes() == CONTENT
+
+
+def test_a_busy_server_is_asked_again_and_a_missing_file_sought_at_the_next_source(site, tmp_path):
+    site.failures = 2
+    urls = [f"{site.url}/gone.bin", f"{site.url}/file.bin"]
+    assert fetch(urls, tmp_path / "got" / "file.bin", MD5).read_bytes() == CONTENT
+    with pytest.raises(UsageError, match=r"cannot be downloaded .*gone.bin.*404.*put it at"):
+        fetch(urls[:1], tmp_path / "got" / "other.bin", MD5)
+
+
+def test_a_wrong_checksum_is_refused_and_nothing_stays(site, tmp_path):
+    with pytest.raises(UsageError, match="damaged, or another file"):
+        fetch([f"{site.url}/file.bin"], tmp_path / "got" / "file.bin", "md5:" + "0" * 32)
+    assert not [path for path in (tmp_path / "got").iterdir() if path.suffix != ".lock"]
+
+
+def test_a_checksum_that_nobody_published_is_recorded_and_held_to(site, tmp_path):
+    path = fetch([f"{site.url}/file.bin"], tmp_path / "got" / "file.bin", None)
+    recorded = (tmp_path / "got" / "file.bin.sha256").read_text()
+    assert recorded.split()[0] == hashlib.sha256(CONTENT).hexdigest()
+    path.write_bytes(CONTENT[:-1])
+    with pytest.raises(UsageError, match="damaged, or another file"):
+        fetch([f"{site.url}/file.bin"], path, None)
+
+
+def test_a_download_that_was_killed_goes_on_in_the_next_process(site, tmp_path):
+    (tmp_path / "site" / "file.bin").write_bytes(CONTENT * 60)
+    code = (
+        "import sys, time; from pathlib import Path; import download\n"
+        "real = download.urlopen\n"
+        "def slow(*a, **k):\n"
+        "    answer = real(*a, **k); read = answer.read\n"
+        "    answer.read = lambda n: (time.sleep(0.05), read(n))[1]\n"
+        "    return answer\n"
+        "download.urlopen = slow\n"
+        "download.fetch([sys.argv[1]], Path(sys.argv[2]), None)"
+    )
+    words = [sys.executable, "-c", code, f"{site.url}/file.bin", str(tmp_path / "got" / "file.bin")]
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL)
+    partial = tmp_path / "got" / ".file.bin.partial"
+    while not (partial.exists() and partial.stat().st_size > 10**6) and process.poll() is None:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    held = partial.stat().st_size
+    assert not (tmp_path / "got" / "file.bin").exists()
+    path = fetch([f"{site.url}/file.bin"], tmp_path / "got" / "file.bin", None)
+    assert path.read_bytes() == CONTENT * 60
+    assert site.log[-1][1] == held > 10**6
+
+
+def archive(path: Path, *members: tarfile.TarInfo) -> None:
+    with tarfile.open(path, "w:gz") as tar:
+        for member in members:
+            member.size = 4 if member.isfile() else 0
+            tar.addfile(member, io.BytesIO(b"data") if member.isfile() else None)
+
+
+def member(name: str, **values) -> tarfile.TarInfo:
+    made = tarfile.TarInfo(name)
+    for key, value in values.items():
+        setattr(made, key, value)
+    return made
+
+
+HOSTILE = {
+    "an absolute path": member("/tmp/evil"),
+    "an upward path": member("images/../../evil"),
+    "a symbolic link": member("images/link", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+    "a hard link": member("images/link", type=tarfile.LNKTYPE, linkname="images/a.jpg"),
+    "a device": member("images/null", type=tarfile.CHRTYPE, devmajor=1, devminor=3),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_archive_is_refused_whole(kind, tmp_path):
+    path = tmp_path / "a.tgz"
+    archive(path, member("images/a.jpg"), HOSTILE[kind])
+    with pytest.raises(UsageError, match="do not use this archive"):
+        obtain(tmp_path / "out", path, [], None)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "evil").exists()
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".part")]
+
+
+def test_a_zip_with_an_upward_path_or_a_link_is_refused_whole(tmp_path):
+    link = zipfile.ZipInfo("images/link")
+    link.external_attr = 0o120777 << 16
+    for i, name in enumerate(("../evil", link)):
+        path = tmp_path / f"{i}.zip"
+        with zipfile.ZipFile(path, "w") as made:
+            made.writestr("images/a.jpg", b"data")
+            made.writestr(name, b"/etc/passwd")
+        with pytest.raises(UsageError, match="do not use this archive"):
+            obtain(tmp_path / "out", path, [], None)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_archive_is_named_and_a_whole_one_then_taken(tmp_path):
+    path = tmp_path / "a.tgz"
+    with tarfile.open(path, "w:gz") as tar:
+        for i in range(20):
+            made = member(f"images/{i}.jpg", size=10_000)
+            tar.addfile(made, io.BytesIO(os.urandom(10_000)))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100_000])
+    with pytest.raises(UsageError, match=r"a.tgz is damaged"):
+        obtain(tmp_path / "out", path, [], None)
+    assert not (tmp_path / "out").exists()
+    path.write_bytes(whole)
+    (tmp_path / "a.tgz.sha256").unlink()
+    assert len(list((obtain(tmp_path / "out", path, [], None) / "images").iterdir())) == 20
+    assert path.exists()  # the user's own archive stays
+
+
+def test_a_full_disk_is_one_sentence_before_anything_is_written(site, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: usage(10**6, 10**6, 1000))
+    with pytest.raises(UsageError, match=r"has 0.00 GB left\); give a folder on a disk with room"):
+        fetch([f"{site.url}/file.bin"], tmp_path / "got" / "file.bin", MD5)
+    assert not (tmp_path / "got" / "file.bin").exists()
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write(path, b"old")
+
+    def full(self, content):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
