@@ -147,7 +147,7 @@ class ViT(nn.Module):
         return self.tokens(images, prefix, n_query=1)[:, 0]
 
     def hold_in_bf16(self) -> None:
-        """Cast the matrices for good, for a frozen ViT: no fp32 copy is kept and cast in every step. Norms stay fp32."""
+        """Cast the matrices for good, for a frozen ViT: no fp32 copy is cast in every step. Norms stay fp32."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(torch.bfloat16)
