@@ -14,6 +14,7 @@ Le et al., ICLR 2025 (arXiv 2410.02200), eq. 1 for the prefix.
 """
 
 import json
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -133,9 +134,9 @@ class ViT(nn.Module):
         """(B, 3, image, image) -> (B, n_query or N, D): the tokens after the final norm, CLS first."""
         x = self.patch_embed(images)  # (B, N - 1, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # (B, N, D)
-        for i, block in enumerate(self.blocks):
+        prefixes = () if prefix is None else prefix.unbind()  # depth x (2, [B,] H, L, Dh)
+        for i, (block, p) in enumerate(zip_longest(self.blocks, prefixes)):
             last = i == self.n_layer - 1
-            p = prefix[i] if prefix is not None and i < len(prefix) else None
             x = block(x, p, n_query if last else None)  # (B, N, D); the last block: (B, n_query, D)
         return self.norm(x)
 
