@@ -321,14 +321,8 @@ def run(config: Config) -> int:
     backbone = load_backbone(config)
     data = load(config.task, config.data_dir, backbone.image)
     length = f"L {config.length}, " if config.tune == "prefix" else ""
-    known = find(config.task).settings.get(method(config))
-    source = (
-        "none is published"
-        if known is None
-        else "published"
-        if known == (config.length, config.lr, config.wd)
-        else "yours"
-    )
+    known, used = find(config.task).settings.get(method(config)), (config.length, config.lr, config.wd)
+    source = {None: "none is published", used: "the task's own"}.get(known, "yours")
     settings = f"{length}base lr {config.lr:g}, weight decay {config.wd:g} ({source}), batch {config.batch}"
     images = f"{config.epochs} epochs of {data.count(training_split(config, data), config.fraction)} images"
     print(f"{config.task}: {method(config)}, {settings}, {images}, {config.device}")
