@@ -30,15 +30,31 @@ TINY = {"image": 32, "patch": 8, "dim": 32, "n_layer": 8, "n_head": 4}
 TINY_WEIGHTS = Path(__file__).parent / "assets" / "tiny_vit.safetensors"  # comes with the repository
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(Dh)) v, written out: q (B, H, Nq, Dh), k and v (B, H, L + N, Dh) -> (B, H, Nq, Dh)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, gates: list | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(Dh)) v, written out: q (B, H, Nq, Dh), k and v (B, H, L + N, Dh) -> (B, H, Nq, Dh).
+
+    mask (Nq, L + N), or with B and 1 before that: True where a query may choose an expert.
+    gates: a list that is given the softmax (B, H, Nq, L + N), for those who want to see it.
+    """
     scores = q @ k.mT * q.shape[-1] ** -0.5  # (B, H, Nq, L + N)
-    return scores.softmax(-1) @ v  # (B, H, Nq, Dh): the gate mixes the experts
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    gate = scores.softmax(-1)  # (B, H, Nq, L + N): sums to 1 over the experts
+    if gates is not None:
+        gates.append(gate)
+    return gate @ v  # (B, H, Nq, Dh): the gate mixes the experts
 
 
-def attend_fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """The same numbers from PyTorch's fused kernel (flash attention on CUDA), which never stores the scores."""
-    return F.scaled_dot_product_attention(q, k, v)  # (B, H, Nq, Dh)
+    return F.scaled_dot_product_attention(q, k, v, mask)  # (B, H, Nq, Dh)
+
+
+def mix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, gates: list | None = None) -> Tensor:
+    """Whichever of the two is faster here; the one that is written out if its gates are wanted."""
+    if gates is None and (q.is_cuda or q.dtype != torch.bfloat16):
+        return attend_fused(q, k, v, mask)
+    return attend(q, k, v, mask, gates)
 
 
 class Attention(nn.Module):
@@ -55,7 +71,7 @@ class Attention(nn.Module):
         y = F.linear(x, weight, bias).unflatten(-1, (-1, self.n_head, x.shape[-1] // self.n_head))
         return y.permute(2, 0, 3, 1, 4)  # (parts, B, H, N, Dh)
 
-    def forward(self, x: Tensor, prefix: Tensor | None, n_query: int) -> Tensor:
+    def forward(self, x: Tensor, prefix: Tensor | None, n_query: int, gates: list | None = None) -> Tensor:
         """x (B, N, D), prefix (2, H, L, Dh) or (2, B, H, L, Dh) -> (B, n_query, D): what the first tokens gather."""
         (q,) = self.heads(x[:, :n_query], slice(0, 1))  # (B, H, n_query, Dh)
         k, v = self.heads(x, slice(1, 3))  # 2 x (B, H, N, Dh)
@@ -63,7 +79,7 @@ class Attention(nn.Module):
             prefix_k, prefix_v = (p.expand(len(x), -1, -1, -1) for p in prefix.to(k.dtype))  # 2 x (B, H, L, Dh)
             k = torch.cat([prefix_k, k], dim=2)  # (B, H, L + N, Dh)
             v = torch.cat([prefix_v, v], dim=2)  # (B, H, L + N, Dh)
-        out = (attend if q.dtype == torch.bfloat16 and not q.is_cuda else attend_fused)(q, k, v)  # (B, H, n_query, Dh)
+        out = mix(q, k, v, gates=gates)  # (B, H, n_query, Dh)
         return self.proj(out.transpose(1, 2).flatten(2))  # (B, n_query, D)
 
 
@@ -85,10 +101,12 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = MLP(dim, hidden)
 
-    def forward(self, x: Tensor, prefix: Tensor | None = None, n_query: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, prefix: Tensor | None = None, n_query: int | None = None, gates: list | None = None
+    ) -> Tensor:
         """(B, N, D) -> (B, n_query, D). Only the first n_query tokens go on; the others are still keys and values."""
         n_query = n_query or x.shape[1]
-        x = x[:, :n_query] + self.attn(self.norm1(x), prefix, n_query)  # (B, n_query, D)
+        x = x[:, :n_query] + self.attn(self.norm1(x), prefix, n_query, gates)  # (B, n_query, D)
         return x + self.mlp(self.norm2(x))  # (B, n_query, D)
 
     def keys_values(self, x: Tensor) -> Tensor:
@@ -130,22 +148,25 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, n_head, hidden, eps) for _ in range(n_layer))
         self.norm = nn.LayerNorm(dim, eps=eps)
 
-    def tokens(self, images: Tensor, prefix: Tensor | None = None, n_query: int | None = None) -> Tensor:
+    def tokens(
+        self, images: Tensor, prefix: Tensor | None = None, n_query: int | None = None, gates: list | None = None
+    ) -> Tensor:
         """(B, 3, image, image) -> (B, n_query or N, D): the tokens after the final norm, CLS first."""
         x = self.patch_embed(images)  # (B, N - 1, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # (B, N, D)
         prefixes = () if prefix is None else prefix.unbind()  # depth x (2, [B,] H, L, Dh)
         for i, (block, p) in enumerate(zip_longest(self.blocks, prefixes)):
             last = i == self.n_layer - 1
-            x = block(x, p, n_query if last else None)  # (B, N, D); the last block: (B, n_query, D)
+            x = block(x, p, n_query if last else None, gates)  # (B, N, D); the last block: (B, n_query, D)
         return self.norm(x)
 
-    def forward(self, images: Tensor, prefix: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, prefix: Tensor | None = None, gates: list | None = None) -> Tensor:
         """(B, 3, image, image) -> (B, D): CLS after the final norm. The last block computes CLS alone.
 
         prefix: (depth, 2, H, L, Dh) or (depth, 2, B, H, L, Dh) from `Prefix`; layers beyond depth have none.
+        gates: a list that is given every layer's attention weights (B, H, N, L + N), the last layer's (B, H, 1, L + N).
         """
-        return self.tokens(images, prefix, n_query=1)[:, 0]
+        return self.tokens(images, prefix, n_query=1, gates=gates)[:, 0]
 
     def hold_in_bf16(self) -> None:
         """Cast the matrices for good, for a frozen ViT: no fp32 copy is cast in every step. Norms stay fp32."""

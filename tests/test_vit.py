@@ -35,6 +35,23 @@ def test_both_forms_of_attention_mix_token_experts_and_prefix_experts(form):
     assert not torch.allclose(out, mixture_of_experts(q, k, v, prefix_v, prefix_k), atol=1e-3)  # roles swapped
 
 
+def test_an_expert_that_is_masked_is_an_expert_that_is_absent():
+    q, k, v = torch.randn(3, 2, 1, 5, 8)  # 3 x (B, H, N, Dh)
+    mask = torch.tensor([True, True, False, True, False]).expand(5, 5)
+    for form in (attend, attend_fused):
+        torch.testing.assert_close(form(q, k, v, mask), form(q, k[:, :, mask[0]], v[:, :, mask[0]]))
+        assert not torch.allclose(form(q, k, v, mask), form(q, k, v), atol=1e-3)
+
+
+def test_gates_are_shown_when_asked_for_sum_to_one_and_change_nothing(small_vit):
+    images, prefix, gates = torch.randn(4, 3, 16, 16), torch.randn(3, 2, 2, 6, 8), []
+    torch.testing.assert_close(small_vit(images, prefix, gates), small_vit(images, prefix), atol=1e-5, rtol=1e-5)
+    assert [gate.shape for gate in gates] == [(4, 2, 5, 11), (4, 2, 5, 11), (4, 2, 1, 11)]  # the last layer: CLS alone
+    for gate in gates:
+        torch.testing.assert_close(gate.sum(-1), torch.ones(gate.shape[:-1]))
+        assert gate[..., :6].sum(-1).min() > 0
+
+
 def test_a_prefix_enters_the_attention_layer_as_experts_of_every_head(small_vit):
     attention, x = small_vit.blocks[0].attn, torch.randn(2, 5, 16)
     prefix = torch.randn(2, 2, 3, 8)  # (key or value, H, L, Dh)
