@@ -88,7 +88,7 @@ def need(size: int, folder: Path) -> None:
 
 
 def digest(path: Path, kind: str) -> str:
-    made = hashlib.new(kind)
+    made = hashlib.sha1(b"blob %d\0" % path.stat().st_size) if kind == "git" else hashlib.new(kind)
     with (
         path.open("rb") as raw,
         tqdm.wrapattr(raw, "read", path.stat().st_size, desc=f"{kind} of {path.name}", **BYTES) as file,
@@ -99,9 +99,8 @@ def digest(path: Path, kind: str) -> str:
 
 
 def verify(path: Path, checksum: str | None, record: Path) -> None:
-    """Compare a file with "md5:..." or "sha256:..."; if none is known, with the record that its first copy left.
-
-    UsageError if it is another.
+    """Compare a file with "md5:...", "sha256:..." or "git:..." (git's own sha1 of a file); if none is known, with the
+    record that its first copy left. UsageError if it is another.
     """
     if checksum is None and not record.exists():
         write(record, f"{digest(path, 'sha256')}  {path.name}\n".encode())  # as `sha256sum` writes it

@@ -1,0 +1,404 @@
+"""text.py, tokens.py and restaurants.py: from files in the official formats to the tokens that a model learns."""
+
+import hashlib
+import io
+import json
+import tarfile
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import requests
+import tiktoken
+import torch
+import torch.nn.functional as F
+from local_server import serve
+from pyarrow import parquet
+
+import download
+import restaurants
+import text
+from download import UsageError
+from text import TEXT_TASKS, Pair, Template, Text, encoding
+from tokens import EOT
+
+BYTES = encoding("bytes")
+E2E = {  # commas, quotes, a line break in a reference, several references apart from each other, non-ASCII text
+    "trainset.csv": """mr,ref
+"name[Alimentum], area[city centre], familyFriendly[no]","There is a place in the city centre, Alimentum, that is not."
+"name[The ""Eagle""], eatType[coffee shop], priceRange[£20-25], customer rating[5 out of 5]","The ""Eagle""
+is  good."
+"name[Alimentum], area[city centre], familyFriendly[no]",Alimentum is no place for kids.
+""",
+    "devset.csv": '\ufeffmr,ref\r\n"name[Café Rouge], near[Crowne Plaza Hotel]",Café Rouge is naïve.\r\n',
+    "testset_w_refs.csv": "mr,ref\nname[Aromi],Aromi.\nname[Aromi],It is Aromi.\n",
+}
+ENTRY = """<entry category="{}" eid="Id1" size="2">
+<originaltripleset><otriple>not | this | one</otriple></originaltripleset>
+<modifiedtripleset>
+  <mtriple>Aarhus_Airport | cityServed | "Aarhus, Denmark"</mtriple>
+  <mtriple> Ajoblanco | country | {} </mtriple>
+</modifiedtripleset>
+<lex comment="good" lid="Id1"> Aarhus &amp; Ajoblanco, "{}". </lex>
+<lex comment="{}" lid="Id2">Second.</lex>
+</entry>
+"""
+WEBNLG = {
+    "train/1triples/a.xml": [("Food", "España", "one", "good"), ("City", "Peru", "two", "toredo")],
+    "dev/2triples/b.xml": [("Food", "Spain", "one", "good")],
+    "test/testdata_with_lex.xml": [("Food", "Spain", "one", "bad"), ("Artist", "Chile", "two", "good")],
+}
+SOURCE = ' | Aarhus_Airport : cityServed : "Aarhus, Denmark" | Ajoblanco : country : '
+
+
+def put(folder: Path, files: dict[str, str | bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def sha256(content: str) -> str:
+    return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    (tmp_path / "site").mkdir()
+    monkeypatch.setattr(download, "PAUSE", 0.001)
+    with serve(tmp_path / "site") as server:
+        yield server
+
+
+def publish_e2e(site, patch) -> None:
+    put(site.folder, E2E)
+    patch.setattr(text, "E2E_URL", site.url)
+    blob = b"blob %d\0" % len(E2E["trainset.csv"].encode()) + E2E["trainset.csv"].encode()
+    pins = {"train": f"git:{hashlib.sha1(blob).hexdigest()}"}
+    pins |= {"val": sha256(E2E["devset.csv"]), "test": sha256(E2E["testset_w_refs.csv"])}
+    for split, (file, _) in text.E2E_FILES.items():
+        patch.setitem(text.E2E_FILES, split, (file, pins[split]))
+
+
+def webnlg_files() -> dict[str, str]:
+    parts = {name: "".join(ENTRY.format(*entry) for entry in entries) for name, entries in WEBNLG.items()}
+    head = '<?xml version="1.0" encoding="UTF-8"?>\n<benchmark>\n<entries>\n'
+    return {name: f"{head}{part}</entries>\n</benchmark>\n" for name, part in parts.items()}
+
+
+def publish_webnlg(site, patch) -> None:
+    top = f"webnlg-dataset-{text.WEBNLG_COMMIT}/webnlg_challenge_2017"
+    with tarfile.open(site.folder / "webnlg.tar.gz", "w:gz") as archive:
+        for name, content in webnlg_files().items():
+            member = tarfile.TarInfo(f"{top}/{name}")
+            member.size = len(content.encode())
+            archive.addfile(member, io.BytesIO(content.encode()))
+    patch.setattr(text, "WEBNLG_URL", f"{site.url}/webnlg.tar.gz")
+    patch.setattr(text, "WEBNLG_TEST", sha256(webnlg_files()["test/testdata_with_lex.xml"]))
+    patch.setattr(text, "WEBNLG_TEXTS", {"train": 3, "val": 2, "test": 4})
+
+
+def table(rows: list[tuple[str | None, str]]) -> bytes:
+    out = io.BytesIO()
+    document, summary = zip(*rows, strict=True)
+    parquet.write_table(
+        pa.table({"document": document, "summary": summary, "id": [str(i) for i in range(len(rows))]}), out
+    )
+    return out.getvalue()
+
+
+def whole(data: Text, split: str) -> list[str]:
+    """All that the model reads and learns of a split's examples, as text."""
+    return [data.encoding.decode([*source, *target]) for source, target in data.examples(split)]
+
+
+def make(n: int = 83, encoding: tiktoken.Encoding = BYTES) -> Text:
+    """n sources of very different lengths with one or two references, each of its own."""
+    rng = np.random.default_rng(0)
+    pairs = [Pair(f"s{i}" * rng.integers(1, 9), [f"t{i}" * rng.integers(1, 9), f"u{i}"][: 1 + i % 2]) for i in range(n)]
+    return Text("made", encoding, Template(), {"train": pairs, "val": pairs[:9], "test": pairs[:9]})
+
+
+# Encodings
+
+
+def test_bytes_need_no_vocabulary_and_no_text_can_forge_the_end():
+    for content in ("plain", "naïve £ 東京 \n\t🙂", EOT, ""):
+        tokens = BYTES.encode_ordinary(content)
+        assert tokens == list(content.encode())
+        assert BYTES.decode(tokens) == content
+    assert (BYTES.n_vocab, BYTES.eot_token) == (257, 256)
+
+
+def test_a_vocabulary_that_cannot_be_fetched_is_a_sentence_with_what_to_save_where(tmp_path, monkeypatch):
+    def offline(url):
+        raise requests.exceptions.ConnectionError(f"no way to {url}")
+
+    monkeypatch.setattr(requests, "get", offline)
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    with pytest.raises(UsageError, match=r"cannot be fetched \(no way to .*TIKTOKEN_CACHE_DIR") as error:
+        encoding("gpt2")
+    assert "/vocab.bpe as 6d1cbeee0f20b3d9449abfede4726ed8212e3aee" in str(error.value)
+    assert "/encoder.json as 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6" in str(error.value)
+
+
+# Official formats
+
+
+def test_e2e_goes_from_its_csv_files_to_the_official_template(site, tmp_path, monkeypatch):
+    publish_e2e(site, monkeypatch)
+    data = Text("e2e", **text.load_e2e(tmp_path / "data", BYTES))
+    assert whole(data, "train") == [
+        f" name : Alimentum | area : city centre | family friendly : no {EOT}"
+        f" There is a place in the city centre, Alimentum, that is not. {EOT}",
+        f" name : Alimentum | area : city centre | family friendly : no {EOT} Alimentum is no place for kids. {EOT}",
+        f' name : The " Eagle " | Type : coffee shop | price : £ 20 - 25 | customer rating : 5 out of 5 {EOT}'
+        f' The "Eagle" is good. {EOT}',
+    ]
+    assert whole(data, "val") == [f" name : Café Rouge | near : Crowne Plaza Hotel {EOT} Café Rouge is naïve. {EOT}"]
+    assert data.splits["test"] == [Pair("name : Aromi", ["Aromi.", "It is Aromi."])]
+    asked = len(site.log)
+    assert text.load_e2e(tmp_path / "data", BYTES)["splits"] == data.splits
+    assert (asked, len(site.log)) == (3, 3)  # nothing was fetched again
+
+
+@pytest.mark.parametrize("layout", ["", "e2e", "e2e-dataset", "e2e/e2e-dataset-1.0.0"])
+def test_e2e_files_that_the_user_has_are_found_and_verified(layout, site, tmp_path, monkeypatch):
+    publish_e2e(site, monkeypatch)
+    put(tmp_path / "data" / layout, E2E)
+    assert TEXT_TASKS["e2e"].here(tmp_path / "data")
+    assert len(text.load_e2e(tmp_path / "data", BYTES)["splits"]["train"]) == 2
+    assert site.log == []
+    put(tmp_path / "data" / layout, {"trainset.csv": E2E["trainset.csv"].replace("kids", "cats")})
+    with pytest.raises(UsageError, match=r"trainset.csv has git .* damaged, or another file"):
+        text.load_e2e(tmp_path / "data", BYTES)
+
+
+def test_git_s_checksum_is_the_name_that_git_gives_a_file(tmp_path):
+    (tmp_path / "hello").write_text("hello\n")
+    assert download.digest(tmp_path / "hello", "git") == "ce013625030ba8dba906f756967f9e9ca394464a"  # git hash-object
+
+
+def test_webnlg_goes_from_its_xml_files_to_the_official_template(site, tmp_path, monkeypatch):
+    publish_webnlg(site, monkeypatch)
+    assert not TEXT_TASKS["webnlg"].here(tmp_path / "data")
+    data = Text("webnlg", **text.load_webnlg(tmp_path / "data", BYTES))
+    assert whole(data, "train") == [  # only "good" texts; two spaces before the first separator, as the official code
+        f' {SOURCE}España {EOT} Aarhus & Ajoblanco, "one". {EOT}',
+        f" {SOURCE}España {EOT} Second. {EOT}",
+        f' {SOURCE}Peru {EOT} Aarhus & Ajoblanco, "two". {EOT}',
+    ]
+    assert data.splits["test"] == [  # every text, and whether train has texts of this kind
+        Pair(f"{SOURCE}Spain", ['Aarhus & Ajoblanco, "one".', "Second."], "seen"),
+        Pair(f"{SOURCE}Chile", ['Aarhus & Ajoblanco, "two".', "Second."], "unseen"),
+    ]
+    assert TEXT_TASKS["webnlg"].here(tmp_path / "data")
+    assert text.load_webnlg(tmp_path / "data", BYTES)["splits"] == data.splits
+    assert len(site.log) == 1
+
+
+@pytest.mark.parametrize("layout", ["", "webnlg", "webnlg-dataset/webnlg_challenge_2017"])
+def test_webnlg_files_that_the_user_has_are_found_and_must_be_whole(layout, site, tmp_path, monkeypatch):
+    publish_webnlg(site, monkeypatch)
+    put(tmp_path / "data" / layout, webnlg_files())
+    assert len(text.load_webnlg(tmp_path / "data", BYTES)["splits"]["test"]) == 2
+    assert site.log == []
+    (tmp_path / "data" / layout / "dev/2triples/b.xml").unlink()
+    with pytest.raises(UsageError, match="holds no pairs"):
+        text.load_webnlg(tmp_path / "data", BYTES)
+    put(tmp_path / "data" / layout, {"dev/2triples/b.xml": webnlg_files()["train/1triples/a.xml"]})
+    with pytest.raises(UsageError, match="has 3 texts for val, not 2; put a whole copy"):
+        text.load_webnlg(tmp_path / "data", BYTES)
+
+
+def test_xsum_is_cut_to_its_limits_and_gets_no_spaces(site, tmp_path, monkeypatch):
+    article = [("d" * 600, "s" * 120), ("Short\nnews.", "“It is”  new."), (None, "No article.")]
+    put(site.folder, {f"{name}.parquet": table(article) for name in text.XSUM_FILES})
+    for name in text.XSUM_FILES:
+        monkeypatch.setitem(text.XSUM_FILES, name, (f"{site.url}/{name}.parquet", None))
+    data = Text("xsum", **text.load_xsum(tmp_path / "data", BYTES))
+    assert whole(data, "train") == [
+        f"{'d' * 512}{EOT}{'s' * 60}{EOT}",
+        f"Short news.{EOT}“It is” new.{EOT}",
+        f"{EOT}No article.{EOT}",
+    ]
+    assert len(data.examples("test")[0][1]) == 101  # 100 and the end
+    assert data.splits["val"][0].references == ["s" * 120]  # it is scored against all of it
+    assert TEXT_TASKS["xsum"].here(tmp_path / "data")
+    put(tmp_path / "data/xsum", {"test.parquet": b"PAR1"})
+    with pytest.raises(UsageError, match=r"test.parquet is no XSUM"):
+        text.load_xsum(tmp_path / "data", BYTES)
+
+
+def test_your_own_pairs_are_split_by_source_in_the_same_way_every_time(tmp_path):
+    rows = [{"source": f"q{i}", "target": [f"a{i}", f"b{i}"] if i % 3 else f"é{i}"} for i in range(40)]
+    rows.append({"source": "q7", "target": "c7"})
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    data = Text("mine", **text.load_jsonl(path, tmp_path, BYTES))
+    assert {name: len(split) for name, split in data.splits.items()} == {"train": 32, "val": 4, "test": 4}
+    found = {pair.source: pair.references for split in data.splits.values() for pair in split}
+    assert len(found) == 40  # no source in two splits
+    assert (found["q7"], found["q9"]) == (["a7", "b7", "c7"], ["é9"])
+    assert text.load_jsonl(path, tmp_path, BYTES)["splits"] == data.splits
+    assert f" q0 {EOT} é0 {EOT}" in whole(data, "train") + whole(data, "val") + whole(data, "test")
+    path.write_text("\n".join(json.dumps(row) for row in rows[:9]))
+    with pytest.raises(UsageError, match="has 9 distinct sources"):
+        text.load_jsonl(path, tmp_path, BYTES)
+
+
+GOOD = {
+    ".csv": "mr,ref\nname[A],B\n",
+    ".xml": webnlg_files()["dev/2triples/b.xml"],
+    ".jsonl": '{"source": "a", "target": "b"}\n',
+}
+BAD = {
+    "a row of three columns": (".csv", "mr,ref\nname[A],B\nname[A],B,C\n", "line 3: 3 columns"),
+    "a quote that does not end": (".csv", 'mr,ref\nname[A],B\nname[A],"B\n', "line 3: unexpected end"),
+    "text after a quote": (".csv", 'mr,ref\n"name[A]"x,B\n', "line 2: ',' expected"),
+    "no list of attributes": (".csv", 'mr,ref\n"name[A], area",B\n', "line 2: 'name.A., area' is no list"),
+    "an empty reference": (".csv", "mr,ref\nname[A], \n", "line 2: a target is empty"),
+    "another encoding": (".csv", "mr,ref\nname[A],B\nname[A],Café\n".encode("latin-1"), "line 3: not UTF-8"),
+    "no rows": (".csv", "mr,ref\n", "holds no pairs"),
+    "a tag that does not end": (".xml", GOOD[".xml"].replace("</modifiedtripleset>", ""), "line 12: mismatched tag"),
+    "a fact of two parts": (".xml", GOOD[".xml"].replace("| country |", "country |"), "line 4: no mtriple, or one"),
+    "an entry without facts": (".xml", GOOD[".xml"].replace("mtriple>", "triple>"), "line 4: no mtriple, or one"),
+    "an empty text": (".xml", GOOD[".xml"].replace("Second.", " "), "line 4: a target is empty"),
+    "no JSON": (".jsonl", '{"source": "a", "target": "b"}\n\n{"source": "a"\n', r"line 3: not \{.*, but \{"),
+    "no target": (".jsonl", '{"source": "a"}\n', "line 1: .*; mend it"),
+    "a number for a target": (".jsonl", '{"source": "a", "target": 3}\n', "line 1"),
+    "a number among targets": (".jsonl", '{"source": "a", "target": ["b", 3]}\n', "line 1"),
+    "a list for a source": (".jsonl", '{"source": ["a"], "target": "b"}\n', "line 1"),
+    "no object": (".jsonl", "[1, 2]\n", "line 1"),
+    "an empty target": (".jsonl", '{"source": "a", "target": ["b", ""]}\n', "line 1: a target is empty"),
+    "no targets": (".jsonl", '{"source": "a", "target": []}\n', "line 1: a target is empty"),
+}
+ROWS = {".csv": text.e2e_rows, ".xml": lambda path: text.webnlg_rows(path, True), ".jsonl": text.jsonl_rows}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_malformed_file_is_one_sentence_with_file_and_line(fault, tmp_path):
+    kind, content, said = BAD[fault]
+    path = tmp_path / f"file{kind}"
+    put(tmp_path, {path.name: GOOD[kind]})
+    assert len(text.pairs(path, ROWS[kind](path))) == 1
+    put(tmp_path, {path.name: content})
+    with pytest.raises(UsageError, match=f"^{path}.*{said}") as error:
+        text.pairs(path, ROWS[kind](path))
+    assert "\n" not in str(error.value)
+
+
+# Batches
+
+
+def test_every_label_is_the_token_after_its_column_and_a_row_s_labels_are_its_target():
+    data = make()
+    left = sorted((tuple(source), tuple(target)) for source, target in data.examples("train"))
+    for tokens, at, labels in data.batches("train", 8, seed=1):
+        assert (tokens.dtype, at.dtype, labels.dtype, at.shape) == (*3 * [torch.int64], labels.shape)
+        for row, columns, target in zip(tokens, at, labels, strict=True):
+            columns, target = columns[target != -100], target[target != -100]
+            bos = int(columns[0])
+            assert columns.tolist() == list(range(bos, bos + len(target)))
+            assert torch.equal(row[columns[1:]], target[:-1])
+            assert row[bos] == target[-1] == BYTES.eot_token
+            left.remove((tuple(row[: bos + 1].tolist()), tuple(target.tolist())))
+    assert not left
+
+
+def loss(tokens, at, labels):
+    """The official loss under a model in which every column sees itself and the columns before it, and no others."""
+    torch.manual_seed(0)
+    embedding = torch.randn(257, 16)
+    seen = embedding[tokens].cumsum(1)  # (B, T, 16)
+    logits = seen.gather(1, at[..., None].expand(-1, -1, 16)) @ embedding.T
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100) / len(tokens)
+
+
+def test_the_loss_is_the_sum_over_each_sequence_alone_whatever_its_padding_holds():
+    data = make()
+    tokens, at, labels = next(data.batches("train", 16, seed=0))
+    expected = loss(tokens, at, labels)
+    alone = [
+        loss(row[: n + 1][None], c[None], y[None]) for row, n, c, y in zip(tokens, at.amax(1), at, labels, strict=True)
+    ]
+    torch.testing.assert_close(torch.stack(alone).mean(), expected)
+    padding = torch.arange(tokens.shape[1]) > at.amax(1, keepdim=True)
+    assert padding.any()
+    torch.testing.assert_close(loss(tokens.masked_fill(padding, 7), at, labels), expected, rtol=0, atol=0)
+    assert not torch.isclose(loss(tokens.masked_fill(~padding, 7), at, labels), expected)  # what is read does count
+
+
+def test_changing_a_source_changes_no_label():
+    data, other = make(), make()
+    for pair in other.splits["train"]:
+        pair.source = pair.source.upper()
+    for (tokens, at, labels), (others, others_at, others_labels) in zip(
+        data.batches("train", 8, seed=3), other.batches("train", 8, seed=3), strict=True
+    ):
+        assert torch.equal(labels, others_labels)
+        assert torch.equal(at, others_at)
+        assert not torch.equal(tokens, others)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 42])
+def test_an_epoch_holds_every_example_once_and_depends_on_seed_and_epoch_alone(seed):
+    def epoch(**order):
+        return [[tuple(y[y >= 0].tolist()) for y in labels] for _, _, labels in data.batches("train", 8, **order)]
+
+    data = make()
+    expected = sorted(tuple(target) for _, target in data.examples("train"))
+    first = epoch(seed=seed, epoch=0)
+    assert sorted(chain.from_iterable(first)) == expected
+    assert sorted(map(len, first)) == [4, *15 * [8]]  # 83 sources, 41 of them with a second reference
+    assert first == epoch(seed=seed, epoch=0)
+    assert first != epoch(seed=seed, epoch=1)
+    assert first != epoch(seed=seed + 1, epoch=0)
+
+
+def test_batches_are_of_like_length_and_shuffled_while_training():
+    rng = np.random.default_rng(0)
+    pairs = [Pair("s" * n, ["t" * n]) for n in rng.integers(5, 100, 2000)]
+    data = Text("made", BYTES, Template(), {"train": pairs, "val": pairs, "test": pairs})
+    filled = sum(2 * len(pair.source) + 5 for pair in pairs)
+
+    def padding(batches):
+        return 1 - filled / sum(tokens.numel() for tokens in batches)
+
+    training, in_order = ([b[0] for b in data.batches("train", 10, **kind)] for kind in ({"seed": 0}, {}))
+    assert padding(in_order) <= padding(training) < 0.03
+    widths = [tokens.shape[1] for tokens in in_order]
+    assert widths == sorted(widths)
+    widths = [tokens.shape[1] for tokens in training]
+    assert np.corrcoef(widths[1:], widths[:-1])[0, 1] < 0.2  # long and short batches follow each other at random
+    apart = [torch.zeros(10, max(2 * len(pair.source) + 5 for pair in pairs[i : i + 10])) for i in range(0, 2000, 10)]
+    assert padding(apart) > 0.3  # in the order of the file
+
+
+def test_a_smaller_fraction_is_part_of_a_larger_one_and_the_same_in_every_epoch():
+    data = make()
+    sizes = [data.count("train", fraction) for fraction in (0.001, 0.1, 0.5, 1)]
+    assert sizes == [1, 12, 62, 124]
+
+    def targets(fraction, epoch):
+        labels = [y for *_, y in data.batches("train", 8, seed=1, epoch=epoch, fraction=fraction)]
+        return {tuple(row[row >= 0].tolist()) for part in labels for row in part}
+
+    assert targets(0.1, 0) == targets(0.1, 1)
+    assert targets(0.1, 0) < targets(0.5, 3) < targets(1, 0)
+
+
+def test_there_is_one_prompt_per_source_and_an_output_ends_where_the_model_ended_it():
+    data = make()
+    prompts = data.prompts("val")
+    assert [pair for _, pair in prompts] == data.splits["val"]
+    assert all(BYTES.decode(tokens) == f" {pair.source} {EOT}" for tokens, pair in prompts)
+    for source, targets in data.tokens("val"):
+        assert data.decode([*targets[0], *source]) == BYTES.decode(targets[0]).removesuffix(EOT).strip()
+    assert data.decode([32, 0xC3, 0xA9, 0xC3, 256, 65]) == "é\ufffd"  # the second letter is cut in the middle
+    assert data.decode([]) == ""
+
+
+# The tasks that the repository makes

@@ -1,0 +1,172 @@
+"""Text as tokens: a batch is a few examples of like length, and where in them the model has something to learn.
+
+A GPT continues text. Here it reads a source, then bos, and writes the target up to eos; one token, <|endoftext|>, is
+both. It reads all of them, but learns the target and the eos alone, so a batch says where those are:
+
+    tokens    name  :  Alimentum  <bos>  There  is  a  place      (B, T)  padded on the right, where causal attention
+    at                            3      4      5   6  7          (B, Q)  from `at` never looks
+    labels                        There  is     a   place <eos>   (B, Q)  the token after column `at`; -100 is padding
+
+The official loss is the *sum* over a sequence's labels, averaged over the batch:
+    cross_entropy(model(tokens, prefix, at).flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100) / B
+
+Shapes: B sequences, T tokens, Q labels of the sequence that has most.
+Source: Li & Liang, ACL 2021 (Prefix-tuning), whose templates, label masks and length limits these are.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+import numpy as np
+import tiktoken
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from download import UsageError
+
+EOT = "<|endoftext|>"
+VOCABULARY = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"  # whence tiktoken has GPT-2's
+STRETCH = 100  # batches whose examples are sorted by length among themselves
+
+
+def encoding(name: str) -> tiktoken.Encoding:
+    """ "gpt2", or "bytes": a token for every byte, and <|endoftext|>. UsageError if GPT-2's cannot be fetched."""
+    if name == "bytes":
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        return tiktoken.Encoding(name, pat_str="(?s).+", mergeable_ranks=ranks, special_tokens={EOT: 256})
+    try:
+        return tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:
+        urls = [f"{VOCABULARY}/{file}" for file in ("vocab.bpe", "encoder.json")]
+        files = " and ".join(f"{url} as {hashlib.sha1(url.encode()).hexdigest()}" for url in urls)
+        raise UsageError(
+            f"GPT-2's vocabulary cannot be fetched ({error}); save {files} in a folder, and name that folder in the "
+            "environment variable TIKTOKEN_CACHE_DIR"
+        ) from error
+
+
+@dataclass
+class Pair:
+    """A source and all its references. group: "seen" or "unseen" in WebNLG's test set, where each is scored apart."""
+
+    source: str
+    references: list[str]
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Template:
+    """A pair becomes the tokens of source, bos, target, eos, with `space` before and after either text.
+
+    With GPT-2's vocabulary the spaces before bos and eos are tokens of their own (220), as in the official code.
+    cut: the most tokens of a source, of a target to train on, and of any other target; None keeps them all.
+    """
+
+    space: str = " "
+    cut: tuple[int | None, int | None, int | None] = (None, None, None)
+
+
+@dataclass
+class Text:
+    """One language task, the counterpart of pixels.Dataset. `final` is the split the protocol's last runs train on."""
+
+    task: str
+    encoding: tiktoken.Encoding
+    template: Template
+    splits: dict[str, list[Pair]] = field(repr=False)  # train, val, test
+    final: str = "train"
+    classes: Sequence[str] = ()
+    listing: None = None
+    made: dict = field(default_factory=dict, init=False, repr=False)  # split -> its tokens, once asked for
+
+    def tokens(self, split: str) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+        """Per source of a split: the tokens up to bos, from which generation starts, and those of every target."""
+        if split not in self.made:
+            pairs, (source, train, other) = self.splits[split], self.template.cut
+            references = [reference for pair in pairs for reference in pair.references]
+            sources = self.encode([pair.source for pair in pairs], source)
+            targets = iter(self.encode(references, train if split == "train" else other))
+            self.made[split] = [(s, [next(targets) for _ in p.references]) for s, p in zip(sources, pairs, strict=True)]
+        return self.made[split]
+
+    def encode(self, texts: list[str], cut: int | None) -> list[np.ndarray]:
+        space, encode, end = self.template.space, self.encoding.encode_ordinary, [self.encoding.eot_token]
+        bar = tqdm(texts, f"tokens of {self.task}", unit="text", leave=False, delay=2)
+        return [np.array(encode(f"{space}{text}{space}")[:cut] + end, np.int32) for text in bar]
+
+    def examples(self, split: str, fraction: float = 1.0) -> list[tuple[np.ndarray, np.ndarray]]:
+        """A split's (source, target) as tokens, one per reference. A smaller fraction is part of a larger one."""
+        examples = [(source, target) for source, targets in self.tokens(split) for target in targets]
+        if fraction == 1:
+            return examples
+        order = np.random.default_rng(0).permutation(len(examples))
+        return [examples[i] for i in order[: max(1, round(fraction * len(examples)))]]
+
+    def count(self, split: str, fraction: float = 1.0) -> int:
+        return len(self.examples(split, fraction))
+
+    def batches(
+        self,
+        split: str,
+        batch: int,
+        seed: int | None = None,
+        epoch: int = 0,
+        fraction: float = 1.0,
+        pin: bool = False,
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Triples of tokens (B, T), at (B, Q) and labels (B, Q), all int64; one of the batches may be smaller.
+
+        With a seed: shuffled by (seed, epoch) alone. Without: in order of length.
+        The next batch is made in a thread while the caller uses this one. pin: in page-locked memory, for CUDA.
+        """
+        examples = self.examples(split, fraction)
+        lengths = np.array([len(source) + len(target) for source, target in examples])
+        chosen = ordered(lengths, batch, None if seed is None else np.random.default_rng([seed, epoch]))
+
+        def make(rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+            made = gather([examples[i] for i in rows])
+            return tuple(t.pin_memory() for t in made) if pin else made
+
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(make, chosen[0])
+            for rows in chosen[1:]:
+                ready, coming = coming.result(), pool.submit(make, rows)
+                yield ready
+            yield coming.result()
+
+    def prompts(self, split: str) -> list[tuple[list[int], Pair]]:
+        """Per source, however many its references: the tokens up to bos, and the pair."""
+        return [(s.tolist(), pair) for (s, _), pair in zip(self.tokens(split), self.splits[split], strict=True)]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text up to the first eos, stripped; bytes that are not UTF-8 become U+FFFD."""
+        end = self.encoding.eot_token
+        return self.encoding.decode(list(takewhile(lambda token: token != end, tokens))).strip()
+
+
+def ordered(lengths: np.ndarray, batch: int, rng: np.random.Generator | None) -> list[np.ndarray]:
+    """The numbers of all examples as batches of like length: by length, or by length only inside random stretches."""
+    n = len(lengths)
+    if rng is None:
+        return np.split(np.argsort(lengths, kind="stable"), range(batch, n, batch))
+    shuffled = rng.permutation(n)
+    order = shuffled[np.lexsort((lengths[shuffled], np.arange(n) // (STRETCH * batch)))]
+    batches = np.split(order, range(batch, n, batch))
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def gather(examples: list[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tensor, Tensor]:
+    """One batch: tokens (B, T), at (B, Q) and labels (B, Q). The last eos is a label only, since nothing follows it."""
+    B, Q = len(examples), max(len(target) for _, target in examples)
+    T = max(len(source) + len(target) for source, target in examples) - 1
+    tokens, at, labels = np.zeros((B, T), np.int64), np.zeros((B, Q), np.int64), np.full((B, Q), -100)
+    for row, (source, target) in enumerate(examples):
+        s, t = len(source), len(target)
+        tokens[row, :s], tokens[row, s : s + t - 1] = source, target[:-1]
+        at[row] = s - 1 + np.minimum(np.arange(Q), t - 1)  # column s - 1 is bos; padding repeats the last
+        labels[row, :t] = target
+    return torch.from_numpy(tokens), torch.from_numpy(at), torch.from_numpy(labels)
