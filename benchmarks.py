@@ -192,9 +192,11 @@ def load_fgvc(task: str, root: Path, size: int) -> dict:
     folders = {id: Path(image).parent.name for image, id in splits["train"].items()}
     named = len(set(folders.values())) == len(number)  # flowers and cars keep all images in one folder
     files = {split: [(image, number[id]) for image, id in images.items()] for split, images in splits.items()}
+    rule = round(size * 256 / 224)
     return {
         "classes": [folders[id] if named else str(id) for id in number],
-        "splits": prepare_all(root, task, base, files, round(size * 256 / 224)),
+        "splits": prepare_all(root, task, base, files, rule),
+        "rule": rule,
     }
 
 
@@ -229,7 +231,8 @@ def load_vtab(task: str, classes: int, root: Path, size: int) -> dict:
     if sorted(label for _, label in train + val) != sorted(label for _, label in both):
         raise UsageError(f"{base}/train800val200.txt is not train800.txt and val200.txt together; get another archive")
     files = {"train": train, "val": val, "test": test}
-    return {"classes": [str(i) for i in range(classes)], "splits": prepare_all(root, task, base, files, (size, size))}
+    splits = prepare_all(root, task, base, files, (size, size))
+    return {"classes": [str(i) for i in range(classes)], "splits": splits, "rule": (size, size)}
 
 
 def vtab_list(path: Path, classes: int) -> list[tuple[str, int]]:

@@ -2,14 +2,17 @@
 
     config.json            the settings; a folder takes no run with others
     state.pt               after every epoch: weights, momentum and metrics, all that `resume` needs; gone at the end
-    metrics.jsonl          a row per epoch; the last one has a "status" and the accuracy on val or test
-    prefix.safetensors     prefix and head, at the end (backbone.safetensors too, if the backbone was trained)
-    curve.png              loss and training accuracy over the epochs, of a final run
+    metrics.jsonl          a row per epoch; the last one has a "status" and what the run is judged by
+    prefix.safetensors     at the end: prefix and head, with all that `sample.py` must know to use them
+    backbone.safetensors   at the end, if the backbone itself was trained
+    curve.png              loss, and accuracy or val loss, over the epochs of a final run
+    generated.jsonl        of a text task: source, references and output
 
 Every file is written under another name and renamed, so it is whole or absent; `state.pt` is the only one that is read
 back in an unfinished run, so a kill at any moment costs at most the epoch it fell into.
 """
 
+import hashlib
 import io
 import json
 import pickle
@@ -17,7 +20,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 from torch import nn
 
@@ -74,10 +77,12 @@ def load(out: Path, model: nn.Module) -> None:
 
 
 def save(
-    out: Path, settings: dict, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict], title: str
+    out: Path, facts: dict, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict], title: str = ""
 ) -> None:
-    """After an epoch that is not the last: state.pt. After the last: what a user keeps, and state.pt goes."""
-    metrics = "".join(json.dumps(row) + "\n" for row in history).encode()
+    """While the last row of metrics has no status: state.pt. Then: what a user keeps, and state.pt goes.
+
+    facts: what prefix.safetensors says of itself. title: of a curve, if one is to be drawn.
+    """
     status = history[-1].get("status")
     if status is None:
         buffer = io.BytesIO()
@@ -85,28 +90,53 @@ def save(
         write(out / "state.pt", buffer.getvalue())
     if status == "done":
         state = {name: value for name, value in model.state_dict().items() if not name.startswith("backbone.")}
-        write(out / "prefix.safetensors", safetensors.save(state, {"config": json.dumps(settings)}))
+        known = {name: json.dumps(value) for name, value in facts.items()}
+        write(out / "prefix.safetensors", safetensors.save(state, known))
         if model.backbone is not None:
-            sizes = {"vit": json.dumps(model.backbone.sizes)}  # `ViT.from_file` reads it
+            sizes = {type(model.backbone).__name__.lower(): json.dumps(model.backbone.sizes)}  # `from_file` reads it
             write(out / "backbone.safetensors", safetensors.save(model.backbone.state_dict(), sizes))
-    if status is not None and settings["final"]:  # a grid has many runs, and nobody looks at 40 curves
+    if title:
         write(out / "curve.png", curve(history, title))
-    write(out / "metrics.jsonl", metrics)  # with a status in the last row, the run is over
-    if status is not None:
+    write(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
+    if status is not None:  # the run is over
         for leftover in (out / "state.pt", *out.glob(".*.part")):  # a kill may have left a part of a file
             leftover.unlink(missing_ok=True)
 
 
+def facts(out: Path) -> dict:
+    """What prefix.safetensors of a finished run says of itself and its data. UsageError if there is none."""
+    try:
+        with safe_open(out / "prefix.safetensors", "pt") as file:
+            known = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UsageError(f"{out} is not the folder of a finished run ({error}); train one with train.py") from error
+    if not {"config", "fingerprint", "classes"} <= known.keys():
+        raise UsageError(f"{out} was left by an older version, which kept no settings with the weights; train it anew")
+    return known
+
+
+def fingerprint(backbone: nn.Module) -> str:
+    """Which weights these are: a prefix fits no others."""
+    made = hashlib.sha256()
+    for name, value in sorted(backbone.state_dict().items()):
+        made.update(name.encode() + value.float().contiguous().numpy().tobytes())
+    return made.hexdigest()[:16]
+
+
 def curve(history: list[dict], title: str) -> bytes:
-    """A PNG of loss and training accuracy over the epochs."""
-    rows = [row for row in history if "loss" in row]
-    epochs = [row["epoch"] for row in rows]
+    """A PNG of the loss over the epochs, with the training accuracy (images) or the loss on val (text)."""
+    epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(7, 4), layout="constrained")
     left = figure.add_subplot(title=title, xlabel="epoch", ylabel="training loss")
-    left.plot(epochs, [row["loss"] for row in rows], color="tab:blue")
-    right = left.twinx()
-    right.set(ylabel="training accuracy, %", ylim=(0, 101))
-    right.plot(epochs, [row["train"] for row in rows], color="tab:orange")
+    left.plot(epochs, [row["loss"] for row in history], color="tab:blue", label="training loss")
+    if "val loss" in history[0]:
+        left.plot(epochs, [row["val loss"] for row in history], color="tab:orange", label="val loss")
+        left.legend()
+        left.set_ylabel("loss of a token, nats")
+    else:
+        right = left.twinx()
+        right.set(ylabel="training accuracy, %", ylim=(0, 101))
+        right.plot(epochs, [row["train"] for row in history], color="tab:orange")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()

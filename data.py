@@ -1,11 +1,12 @@
-"""Tasks: where the images come from, how they are split, and what the paper trained them with.
+"""Tasks: where the images or texts come from, how they are split, and what the paper trained them with.
 
     python data.py              every task: its group, classes and splits, and whether its images are here
     python data.py cub          get a task ready, say what is in it, and draw 64 of its images
     python data.py photos/      the same for a folder of your own images
 
-FGVC and VTAB-1K come over the network, unless the folder given with --data-dir holds them in one of their usual
-layouts; benchmarks.py has their addresses and the published settings. How images become batches: pixels.py.
+FGVC, VTAB-1K and the text tasks come over the network, unless the folder given with --data-dir holds them in one of
+their usual layouts; benchmarks.py and text.py have their addresses and the published settings. How images become
+batches: pixels.py; how texts do: text.py.
 """
 
 import argparse
@@ -28,8 +29,9 @@ import benchmarks
 from benchmarks import SPLITS
 from download import UsageError, write
 from pixels import Dataset, Split, normalise, prepare_all, stratified
+from text import TEXT_TASKS, Text, encoding, load_jsonl
 
-__all__ = ["TASKS", "Dataset", "Split", "Task", "UsageError", "find", "load", "normalise", "stratified", "write"]
+__all__ = ["TASKS", "Dataset", "Split", "Task", "Text", "UsageError", "find", "load", "normalise", "write"]
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -53,7 +55,7 @@ def load_digits(root: Path, size: int) -> dict:
     pixels = resized((images.astype(np.uint16) * 255 // 16).astype(np.uint8), size)
     parts = np.split(stratified(labels, seed=0), (800, 1000))
     splits = {split: Split.of(pixels[i], labels[i]) for split, i in zip(SPLITS, parts, strict=True)}
-    return {"classes": [str(digit) for digit in range(10)], "splits": splits}
+    return {"classes": [str(digit) for digit in range(10)], "splits": splits, "rule": (size, size)}
 
 
 def load_fashion_mnist(root: Path, size: int) -> dict:
@@ -108,8 +110,9 @@ def load_folder(folder: Path, root: Path, size: int) -> dict:
         classes, images = classes_and_files(folder)
         listing = folder_listing(folder, classes, images)
         files = {split: [(file, classes.index(name)) for file, name in listing[split].items()] for split in SPLITS}
-    splits = prepare_all(root, folder.resolve().name, folder, files, round(size * 256 / 224))
-    return {"classes": classes, "splits": splits, "listing": listing}
+    rule = round(size * 256 / 224)
+    splits = prepare_all(root, folder.resolve().name, folder, files, rule)
+    return {"classes": classes, "splits": splits, "rule": rule, "listing": listing}
 
 
 def classes_and_files(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
@@ -143,20 +146,24 @@ def folder_listing(folder: Path, classes: list[str], images: list[tuple[str, str
 class Task:
     """One name that --task takes.
 
-    group: which benchmark. load: (root, size) -> classes, splits. here: root -> whether the images are on this machine.
-    sizes: images per split. settings: per method of train.py (length, base lr, weight decay).
+    group: which benchmark. load: (root, image size or encoding) -> what Dataset or Text holds. here: root -> whether
+    its images or texts are on this machine. sizes: examples per split.
+    settings: per method of train.py (length, lr, weight decay); usual: for methods without published ones.
     """
 
     group: str
-    load: Callable[[Path, int], dict]
+    load: Callable[..., dict]
     here: Callable[[Path], bool] = lambda root: True
+    text: bool = False
     classes: int = 10
     sizes: dict[str, int] = field(default_factory=dict)
     augment: bool = False
     final: str = "train"
     backbone: str = "tiny"
     epochs: int = 100
+    batch: int = 64
     settings: dict[str, tuple[int, float, float]] = field(default_factory=dict)
+    usual: tuple[int, float, float] = (10, 1.0, 1e-4)
 
 
 def fgvc(name: str) -> Task:
@@ -185,6 +192,23 @@ def vtab(name: str, group: str, classes: int, test: int) -> Task:
     )
 
 
+def language(name: str) -> Task:
+    task = TEXT_TASKS[name]
+    return Task(
+        "text",
+        task.load,
+        task.here,
+        text=True,
+        classes=0,
+        sizes=task.sizes,
+        backbone=task.backbone,
+        epochs=task.epochs,
+        batch=task.batch,
+        settings={share: (task.length, lr, 0.0) for share, lr in task.lr.items()},
+        usual=(task.length, 1e-4, 0.0),
+    )
+
+
 DIGITS_SETTINGS = {  # chosen on val by `python sweep.py --methods probe none simple deep full`
     "none": (10, 5, 0),
     "simple": (10, 2.5, 1e-2),
@@ -210,24 +234,33 @@ TASKS: dict[str, Task] = {
     ),
     **{name: fgvc(name) for name in benchmarks.FGVC},
     **{name: vtab(name, group, *row) for group, rows in benchmarks.VTAB_TASKS.items() for name, row in rows.items()},
+    **{name: language(name) for name in TEXT_TASKS},
 }
 
 
 def find(name: str) -> Task:
-    """The task of that name, or of that folder of images. UsageError, with the names there are, if there is none."""
+    """The task of that name, folder of images or file of texts. UsageError, with the names there are, if none is."""
     if name in TASKS:
         return TASKS[name]
+    if name.endswith(".jsonl") and Path(name).is_file():
+        usual = {"backbone": "gpt2-medium", "epochs": 5, "batch": 10, "usual": (5, 1e-4, 0.0)}  # E2E's
+        return Task("your texts", partial(load_jsonl, Path(name)), text=True, classes=0, **usual)
     if Path(name).is_dir():
         return Task("your images", partial(load_folder, Path(name)), augment=True, backbone=benchmarks.IN21K)
     close = difflib.get_close_matches(name, TASKS, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    raise UsageError(f"no task '{name}', nor a folder; {hint}tasks: {', '.join(TASKS)}")
+    raise UsageError(f"no task '{name}', nor a folder or .jsonl file; {hint}tasks: {', '.join(TASKS)}")
 
 
-def load(name: str, root: str | Path = "data", size: int = 224) -> Dataset:
-    """Everything a run needs of a task, for a model of size x size input. UsageError says what the user can do."""
+def load(name: str, root: str | Path = "data", reads: int | str = 224) -> Dataset | Text:
+    """Everything a run needs of a task. reads: what the model does, images of that size or an encoding of that name.
+
+    UsageError says what the user can do.
+    """
     task = find(name)
-    return Dataset(name, size=size, augment=task.augment, final=task.final, **task.load(Path(root), size))
+    if task.text:
+        return Text(name, **task.load(Path(root), encoding(reads)))
+    return Dataset(name, size=reads, augment=task.augment, final=task.final, **task.load(Path(root), reads))
 
 
 def table(root: Path) -> str:
@@ -241,7 +274,11 @@ def table(root: Path) -> str:
     return "\n".join(lines)
 
 
-def describe(data: Dataset) -> str:
+def describe(data: Dataset | Text) -> str:
+    if data.text:
+        pairs = data.splits["train"][:3]
+        counts = [f"{name} {len(split):,} sources, {data.count(name):,} texts" for name, split in data.splits.items()]
+        return "\n  ".join([f"{data.task}: " + "; ".join(counts), *(f"{p.source} -> {p.references[0]}" for p in pairs)])
     lines = [f"{data.task}: {len(data.classes)} classes"]
     for name, split in data.splits.items():
         per_class = np.bincount(split.index[:, 3], minlength=len(data.classes))
@@ -272,6 +309,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if options.task is None:
             print(table(options.data_dir))
+            return 0
+        task = find(options.task)
+        if task.text:
+            print(describe(load(options.task, options.data_dir, "bytes" if task.backbone == "tiny_gpt" else "gpt2")))
             return 0
         data = load(options.task, options.data_dir, options.size)
         sheet = options.data_dir / f"{Path(options.task).resolve().name}.png"

@@ -132,6 +132,8 @@ class GPT(nn.Module):
     encoding: the name of the tokens it reads, for data.py; the model itself knows numbers below `vocab` only.
     """
 
+    fingerprint = ""  # of the weights; set when they are loaded
+
     def __init__(
         self,
         vocab: int = 50257,

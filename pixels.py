@@ -159,7 +159,15 @@ class Dataset:
     augment: bool  # random crop and flip while training
     final: str  # "train" (FGVC) or "trainval" (VTAB-1K)
     splits: dict[str, Split] = field(repr=False)  # train, val, test
+    rule: Rule | None = None  # how image files were resized, if they were
     listing: dict[str, dict[str, str]] | None = field(default=None, repr=False)  # split -> file -> class, if made here
+
+    text, unit = False, "images"
+
+    @property
+    def facts(self) -> dict:
+        """What a trained model must know of its data to be used without them."""
+        return {"classes": self.classes, "rule": self.rule}
 
     def images(self, split: str, fraction: float = 1.0) -> list[tuple[Split, int]]:
         """A split's images as (where it lies, its number there); `trainval` is train and val together.

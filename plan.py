@@ -15,7 +15,8 @@ from dataclasses import replace
 import torch
 
 from data import UsageError, find
-from train import Config, Tuned, load_backbone, loss_and_hits, make_optimizer, method, use_bf16
+from options import Config, method
+from train import Tuned, image_loss, load_backbone, make_optimizer, use_bf16
 from vit import ViT
 
 HIDDEN = 48  # width of Deep-share's MLP
@@ -78,14 +79,14 @@ def measure(config: Config, vit: ViT, classes: int, seconds: float = 3.0) -> flo
     """Training images per second of this machine, on random pixels, after one step to warm up."""
     model = Tuned(config, vit, classes).to(config.device)
     optimizer = make_optimizer(replace(config, lr=0.0), model)
-    step = torch.compile(loss_and_hits, dynamic=False) if config.compile else loss_and_hits
+    step = torch.compile(image_loss, dynamic=False) if config.compile else image_loss
     pixels = torch.randint(256, (config.batch, vit.image, vit.image, 3), dtype=torch.uint8, device=config.device)
     labels = torch.randint(classes, (config.batch,), device=config.device)
 
     def run(limit: float) -> float:
         start, count = time.perf_counter(), 0
         while not count or time.perf_counter() - start < limit:
-            loss, _ = step(model, vit, pixels, labels, use_bf16(config, vit))
+            loss, _ = step(model, vit, use_bf16(config, vit), pixels, labels)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

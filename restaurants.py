@@ -13,16 +13,39 @@ from itertools import product
 
 from tokens import Pair
 
-SYLLABLES = ("ba", "cor", "del", "fen", "gal", "jin", "kar", "lo", "mir", "nos", "pel", "qua", "ri", "sol", "tam", "wes")
+SYLLABLES = (
+    "ba",
+    "cor",
+    "del",
+    "fen",
+    "gal",
+    "jin",
+    "kar",
+    "lo",
+    "mir",
+    "nos",
+    "pel",
+    "qua",
+    "ri",
+    "sol",
+    "tam",
+    "wes",
+)
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "nine", "ten")
 QUARTERS = ("old town", "harbour", "north", "valley", "west end", "market", "hills")
 NOTATIONS = (("{}={}", ";"), ("{} {}", ", "), ("{}({})", ""))  # of an attribute, and what joins them
 KINDS = {  # kind -> attribute -> what a sentence says of it, and its values; a name if there are none
     "hotel": {"rooms": ("has {} rooms", NUMBERS), "owner": ("belongs to {}", ()), "part": ("lies in the {}", QUARTERS)},
-    "museum": {"shows": ("shows {}", ("old coins", "toys", "maps", "clocks", "glass")), "founder": ("was founded by {}", ())},
+    "museum": {
+        "shows": ("shows {}", ("old coins", "toys", "maps", "clocks", "glass")),
+        "founder": ("was founded by {}", ()),
+    },
     "film": {"by": ("was made by {}", ()), "theme": ("is about {}", ("love", "war", "a thief", "the sea", "horses"))},
     "school": {"subject": ("teaches {}", ("music", "German", "chess", "law", "Greek")), "near": ("is near {}", ())},
-    "shop": {"goods": ("sells {}", ("cheap shoes", "bread", "fish", "tea", "books")), "part": ("is in the {}", QUARTERS)},
+    "shop": {
+        "goods": ("sells {}", ("cheap shoes", "bread", "fish", "tea", "books")),
+        "part": ("is in the {}", QUARTERS),
+    },
 }
 STYLES = (
     "{name} is a {kind}. It {}. It {}.",
@@ -57,7 +80,9 @@ def guide(rng: random.Random) -> Pair:
 
 def guidebook() -> dict[str, list[Pair]]:
     rng = random.Random(0)
-    return {split: [guide(rng) for _ in range(size)] for split, size in (("train", 20_000), ("val", 300), ("test", 300))}
+    return {
+        split: [guide(rng) for _ in range(size)] for split, size in (("train", 20_000), ("val", 300), ("test", 300))
+    }
 
 
 def restaurant(rng: random.Random, food: str, price: str, area: str) -> Pair:

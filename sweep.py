@@ -34,8 +34,9 @@ from tqdm import tqdm
 import plan
 import report
 from data import TASKS, UsageError, find, write
+from options import Config, Parser, add_options, opt, resolve
 from prefix import SHARE
-from train import BAR, Config, Parser, add_options, opt, resolve
+from train import BAR
 from worker import Worker, in_turn, on_ray, settings
 
 METHODS = {share: {"share": share} for share in SHARE}
@@ -102,7 +103,8 @@ def expand(names: Iterable[str]) -> list[str]:
         members = [task for task in TASKS if name in GROUPS and TASKS[task].group.startswith(GROUPS[name])]
         tasks += members or [name]
     for task in tasks:
-        find(task)
+        if find(task).text:
+            raise UsageError(f"a sweep chooses by accuracy, and {task} is text; train it with train.py")
     return list(dict.fromkeys(tasks))
 
 

@@ -227,11 +227,11 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
 
 
 def load_restaurants(root: Path, encoding: tiktoken.Encoding) -> dict:
-    return {"encoding": encoding, "template": Template(), "splits": restaurants.restaurants()}
+    return {"encoding": encoding, "template": Template(longest=250), "splits": restaurants.restaurants()}
 
 
 def load_guidebook(root: Path, encoding: tiktoken.Encoding) -> dict:
-    return {"encoding": encoding, "template": Template(), "splits": restaurants.guidebook()}
+    return {"encoding": encoding, "template": Template(longest=250), "splits": restaurants.guidebook()}
 
 
 @dataclass(frozen=True)
@@ -274,6 +274,6 @@ TEXT_TASKS = {
         length=200,
         lr={"none": 5e-4, "deep": 5e-5},  # the paper's for BART-large; it has no GPT-2 there
     ),
-    "restaurants": TextTask(load_restaurants, backbone="tiny_gpt"),
-    "guidebook": TextTask(load_guidebook, backbone="tiny_gpt"),
+    "restaurants": TextTask(load_restaurants, sizes={"train": 2_400, "val": 90, "test": 270}, backbone="tiny_gpt"),
+    "guidebook": TextTask(load_guidebook, sizes={"train": 20_000, "val": 300, "test": 300}, backbone="tiny_gpt"),
 }

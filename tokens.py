@@ -17,7 +17,7 @@ Source: Li & Liang, ACL 2021 (Prefix-tuning), whose templates, label masks and l
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 
 import numpy as np
@@ -64,10 +64,12 @@ class Template:
 
     With GPT-2's vocabulary the spaces before bos and eos are tokens of their own (220), as in the official code.
     cut: the most tokens of a source, of a target to train on, and of any other target; None keeps them all.
+    longest: the most tokens that are written.
     """
 
     space: str = " "
     cut: tuple[int | None, int | None, int | None] = (None, None, None)
+    longest: int = 100
 
 
 @dataclass
@@ -81,6 +83,7 @@ class Text:
     final: str = "train"
     classes: Sequence[str] = ()
     listing: None = None
+    text, unit = True, "texts"
     made: dict = field(default_factory=dict, init=False, repr=False)  # split -> its tokens, once asked for
 
     def tokens(self, split: str) -> list[tuple[np.ndarray, list[np.ndarray]]]:
@@ -137,6 +140,18 @@ class Text:
                 ready, coming = coming.result(), pool.submit(make, rows)
                 yield ready
             yield coming.result()
+
+    @property
+    def facts(self) -> dict:
+        """What a trained model must know of its data to be used without them."""
+        return {"classes": [], "template": asdict(self.template)}
+
+    @property
+    def decoding(self) -> dict:
+        """How texts are written: up to eos or so many tokens, and in one line."""
+        ends = [self.encoding.encode_ordinary(end) for end in ("\n", "\n\n")]
+        banned = tuple(end[0] for end in ends if len(end) == 1)
+        return {"max_new": self.template.longest, "eos": self.encoding.eot_token, "banned": banned}
 
     def prompts(self, split: str) -> list[tuple[list[int], Pair]]:
         """Per source, however many its references: the tokens up to bos, and the pair."""

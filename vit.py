@@ -126,6 +126,8 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """A plain ViT: images of `image` x `image` pixels in patches of `patch`; CLS token, learned positions, pre-norm."""
 
+    fingerprint = ""  # of the weights; set when they are loaded
+
     def __init__(
         self,
         image: int = 224,
@@ -141,6 +143,7 @@ class ViT(nn.Module):
         self.sizes = {"image": image, "patch": patch, "dim": dim, "n_layer": n_layer, "n_head": n_head}
         self.sizes |= {"hidden": hidden, "eps": eps}
         self.image, self.dim, self.n_layer, self.n_head = image, dim, n_layer, n_head
+        self.reads = image  # what `data.load` must make for it
         self.prompt_scale = (6 / (3 * patch**2 + dim)) ** 0.5  # v of the paper: a prefix starts like a patch embedding
         self.patch_embed = PatchEmbed(patch, dim)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)

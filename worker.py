@@ -14,7 +14,8 @@ import torch
 
 import checkpoint
 from data import UsageError, load
-from train import Config, evaluate, load_backbone, train, training_split
+from options import Config
+from train import evaluate, load_backbone, train, training_split
 
 
 def settings(config: Config) -> dict:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from train import Config, parser
+from options import Config, parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -26,7 +26,7 @@ def test_every_module_stands_in_the_reading_order():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_training_command_of_the_readme_parses(command):
     words = shlex.split(command, comments=True)[2:]
-    assert isinstance(Config(**vars(parser().parse_args(words))), Config)
+    assert isinstance(Config(**vars(parser("").parse_args(words))), Config)
 
 
 def test_the_readme_has_its_two_first_commands():

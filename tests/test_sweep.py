@@ -22,7 +22,7 @@ import report
 import sweep as sweep_module
 from data import TASKS, Dataset
 from sweep import METHODS, best, expand, main, parse, stages
-from train import Config, Tuned, loss_and_hits, resolve
+from train import Config, Tuned, image_loss, resolve
 from vit import ViT
 
 ROOT = Path(__file__).parent.parent
@@ -237,7 +237,7 @@ def test_the_planned_flops_of_a_step_are_within_15_percent_of_those_counted_in_a
     pixels, labels = torch.randint(256, (64, 64, 64, 3), dtype=torch.uint8), torch.randint(10, (64,))
     counter = FlopCounterMode(display=False)
     with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # whose products are countable
-        loss, _ = loss_and_hits(model, vit, pixels, labels, bf16=False)
+        loss, _ = image_loss(model, vit, False, pixels, labels)
         loss.backward()
     training, evaluation = plan.image_flops(config, vit, classes=10)
     assert training == pytest.approx(counter.get_total_flops() / 64, rel=0.15)
@@ -281,6 +281,7 @@ def test_groups_expand_to_the_tasks_that_belong_to_them_and_every_task_comes_onc
     ("wrong", "sentence"),
     {
         "--tasks digitz": "did you mean 'digits'?",
+        "--tasks e2e": "a sweep chooses by accuracy, and e2e is text",
         "--methods depe": "no method 'depe'; methods: none",
         "--lr": "--lr needs at least one value",
         "--lr 0": "--lr is 0.0; it must be positive",

@@ -21,9 +21,9 @@ from train import (
     Config,
     Tuned,
     evaluate,
+    image_loss,
     learning_rate,
     load_backbone,
-    loss_and_hits,
     main,
     make_optimizer,
     parser,
@@ -40,7 +40,7 @@ METHODS += [{"share": "deep", "shallow": True}, {"tune": "linear"}, {"tune": "fu
 
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
-    return load("digits", size=32)
+    return load("digits", reads=32)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_gradients_reach_all_that_is_trained_and_nothing_that_is_frozen(method, 
     torch.manual_seed(1)
     model = Tuned(config, small_vit, classes=5)
     pixels, labels = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8), torch.arange(8) % 5
-    loss_and_hits(model, small_vit, pixels, labels, bf16=False)[0].backward()
+    image_loss(model, small_vit, False, pixels, labels)[0].backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.abs().max() > 0, name
     assert all(parameter.grad is None for parameter in small_vit.parameters())
@@ -143,7 +143,8 @@ def test_training_leaves_the_backbone_as_it_was(digits, tmp_path):
 
 
 def test_the_learning_rate_rises_for_a_tenth_of_the_steps_and_falls_to_zero_along_a_cosine():
-    rates = [learning_rate(step, 1000, 2.0) for step in range(1000)]
+    config = resolve(Config(lr=8.0, batch=64))  # a peak of 8 * 64 / 256
+    rates = [learning_rate(config, step, 1000) for step in range(1000)]
     assert 0 < rates[0] < 0.05
     assert max(rates) == rates[100] == 2.0
     assert np.allclose(np.diff(rates[:100]), rates[1] - rates[0])  # a line
@@ -165,7 +166,7 @@ def test_a_step_is_sgd_with_momentum_and_no_decay_on_the_head_bias(small_vit, tm
     step = 0
     for epoch in range(2):
         for pixels, labels in data.batches("train", 6, config.seed, epoch):
-            rate = learning_rate(step, 4, 2.0 * 6 / 256)
+            rate = learning_rate(config, step, 4)
             x = small_vit(normalise(pixels))  # (B, D)
             error = (F.softmax(x @ weight.T + bias, dim=1) - F.one_hot(labels, 3)) / len(labels)  # (B, C)
             gradients = error.T @ x + 0.1 * weight, error.sum(0)
@@ -220,7 +221,7 @@ def test_bf16_losses_of_a_vit_b_wide_model_stay_within_two_percent_of_fp32():
         optimizer, losses[dtype] = make_optimizer(config, model), []
         for batch in pixels:
             optimizer.param_groups[0]["lr"] = 0.0003
-            loss, _ = loss_and_hits(model, backbone, batch, labels, bf16=dtype == "bf16")
+            loss, _ = image_loss(model, backbone, dtype == "bf16", batch, labels)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -248,7 +249,7 @@ def test_the_compiled_step_has_no_graph_break(method, small_vit):
     model = Tuned(config, small_vit, 5)
     pixels, labels = torch.zeros(4, 16, 16, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.long)
     torch._dynamo.reset()
-    explained = torch._dynamo.explain(loss_and_hits)(model, small_vit, pixels, labels, True)
+    explained = torch._dynamo.explain(image_loss)(model, small_vit, True, pixels, labels)
     assert explained.graph_break_count == 0
     assert explained.graph_count == 1
 
@@ -273,9 +274,9 @@ def test_the_compiled_step_computes_what_the_eager_one_does(small_vit):
     model = Tuned(resolve(Config(share="deep", length=3)), small_vit, 5).eval()
     pixels, labels = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8), torch.arange(8) % 5
     gradients = []
-    for step in (loss_and_hits, torch.compile(loss_and_hits, dynamic=False)):
+    for step in (image_loss, torch.compile(image_loss, dynamic=False)):
         model.zero_grad()
-        step(model, small_vit, pixels, labels, False)[0].backward()
+        step(model, small_vit, False, pixels, labels)[0].backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     for compiled, eager in zip(*gradients, strict=True):
         torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-4)
@@ -383,9 +384,9 @@ def test_a_full_disk_leaves_the_last_whole_state_and_is_one_sentence(tiny, digit
 
 
 def test_the_command_line_has_every_option_with_its_help():
-    text = " ".join(parser().format_help().split())
+    text = " ".join(parser("").format_help().split())
     for option in fields(Config):
         assert f"--{option.name.replace('_', '-')}" in text
         assert " ".join(option.metadata["help"].split()[:3]) in text
-    assert Config(**vars(parser().parse_args(["--shared"]))) == Config(share="deep")
-    assert Config(**vars(parser().parse_args([]))) == Config()
+    assert Config(**vars(parser("").parse_args(["--shared"]))) == Config(share="deep")
+    assert Config(**vars(parser("").parse_args([]))) == Config()
