@@ -1,92 +1,379 @@
-"""How fast it is, and against what.
+"""How fast it is, against what a user would take instead (peers.py), and how far from what the machine can do.
 
-python bench.py data        training batches from decoded pixels, against decoding them again in every epoch
+    python bench.py                     every row
+    python bench.py vit gpt             some of them
+    python bench.py --json FILE         the same figures for a program
+
+Candidates take turns and the best round of each counts, so that a busy machine disturbs all alike: read the ratios.
 """
 
-import argparse
+import json
+import multiprocessing
 import os
+import platform
+import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader
-from torchvision import transforms
-from torchvision.datasets import ImageFolder
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from data import load, normalise
-from pixels import IMAGENET_MEAN, IMAGENET_STD
+import peers
+import sweep
+from data import TASKS, Dataset, UsageError, load, normalise, write
+from options import Config, Parser, resolve
+from pixels import Split
+from train import Tuned, image_loss, make_optimizer, text_loss, use_bf16
+from vit import ViT
 
-IMAGES, BATCH, SECONDS = 640, 64, 10.0
-
-
-def photographs(folder: Path) -> float:
-    """640 JPEGs of 500 x 375 with detail at all scales, as photographs have it, in ten classes; their mean size, kB."""
-    rng = np.random.default_rng(0)
-    for i in range(IMAGES):
-        picture = np.zeros((375, 500, 3))
-        for cells in (4, 12, 36, 108, 324):
-            noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
-            picture += np.asarray(noise.resize((500, 375), Image.Resampling.BICUBIC)) / cells**0.5
-        picture = (picture / picture.max() * 255).astype(np.uint8)
-        path = folder / f"class{i % 10}" / f"{i:04}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(picture).save(path, quality=90)
-    return sum(path.stat().st_size for path in folder.rglob("*.jpg")) / IMAGES / 1e3
+BATCH, LENGTH, CLASSES = 8, 10, 200  # of rows `vit`; on CUDA the protocol's batch of 64
+PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s, from NVIDIA's data sheets
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def rate(epochs: Iterable[Iterable]) -> float:
-    """Batches per second over about ten seconds; the first batch, which starts things, is not timed."""
+def images(batch: int) -> tuple[Tensor, Tensor]:
+    """Random pixels (B, 224, 224, 3) and labels (B,)."""
+    made = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (batch, 224, 224, 3), dtype=torch.uint8, generator=made)
+    return pixels.to(DEVICE), torch.randint(CLASSES, (batch,), generator=made).to(DEVICE)
+
+
+def peer_model() -> peers.Peer:
+    torch.manual_seed(0)
+    return peers.Peer(LENGTH, CLASSES).to(DEVICE)
+
+
+def our_model(dtype: str, peer: peers.Peer | None = None, length: int = LENGTH) -> tuple[Config, Tuned, ViT]:
+    """This repository's Deep-share on ViT-B/16; with `peer`: with that one's weights."""
+    config = resolve(Config(task="cub", share="deep", length=length, dtype=dtype, lr=1e-3, wd=0.0))
+    vit = ViT().to(DEVICE).requires_grad_(False)
+    if peer is not None:
+        vit.load_state_dict(peer.vit.state_dict())
+    if dtype == "bf16":
+        vit.hold_in_bf16()
+    model = Tuned(config, vit, CLASSES).to(DEVICE)
+    if peer is not None:
+        model.head.load_state_dict(peer.head.state_dict())
+        model.prefix.p.data = torch.stack(list(peer.p)).detach()  # (G, L, D)
+        for ours, i in ((model.prefix.map[0], 0), (model.prefix.map[2], 2)):
+            ours.weight.data = torch.stack([made[i].weight.T for made in peer.map]).detach()  # (G, in, out)
+            ours.bias.data = torch.stack([made[i].bias[None] for made in peer.map]).detach()
+    return config, model, vit
+
+
+def our_step(config: Config, model: Tuned, vit: ViT, batch: int = BATCH, compiled: bool = False) -> Callable[[], None]:
+    pixels, labels = images(batch)
+    optimizer, bf16 = make_optimizer(config, model.train()), use_bf16(config, vit)
+    loss_of = torch.compile(image_loss, dynamic=False) if compiled else image_loss
+
+    def step() -> None:
+        loss_of(model, vit, bf16, pixels, labels)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def peer_step(peer: nn.Module, batch: int = BATCH) -> Callable[[], None]:
+    pixels, labels = images(batch)
+    optimizer = torch.optim.SGD([p for p in peer.train().parameters() if p.requires_grad], lr=1e-6, momentum=0.9)
+
+    def step() -> None:
+        F.cross_entropy(peer(pixels), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def timed(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Seconds of each candidate: the best of `rounds`, in which they take turns, after one round to warm up."""
+    best = dict.fromkeys(candidates, float("inf"))
+    for turn in range(rounds + 1):
+        for name, run in candidates.items():
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def flops(run: Callable[[], object]) -> float:
+    """Operations of the matrix products; attention is made of countable ones for this."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops()
+
+
+def matrix_rate(dtype: torch.dtype, rounds: int) -> float:
+    """The best FLOP/s of a matrix product on this machine, over shapes such as a ViT-B's and a GPT-2's."""
+    rates = []
+    for n, k, m in ((1576, 768, 3072), (1576, 3072, 768), (1280, 768, 2304), (4096, 4096, 4096)):
+        x, w = torch.randn(n, k, dtype=dtype, device=DEVICE), torch.randn(m, k, dtype=dtype, device=DEVICE)
+        rates.append(2 * n * k * m / timed({"": lambda x=x, w=w: F.linear(x, w)}, 3 * rounds)[""])
+    return max(rates)
+
+
+def in_a_process(name: str, queue: multiprocessing.Queue) -> None:
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = peer_step(peer_model()) if name == "peer" else our_step(*our_model(name))
+    for _ in range(2):
+        step()
+    peak = torch.cuda.max_memory_allocated() / 1024 if DEVICE == "cuda" else 0
+    queue.put(peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def peak_memory(name: str) -> float:
+    """MB that model and two training steps add to a new process; on CUDA, of the GPU's memory."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=in_a_process, args=(name, queue))
+    process.start()
+    made = queue.get()
+    process.join()
+    return made / 1024
+
+
+Figures = dict[str, float]
+
+
+def table(title: str, seconds: dict[str, float], against: str, per: float, unit: str) -> Figures:
+    """Print seconds, rate and ratio of every candidate."""
+    print(f"\n{title}")
+    for name, s in seconds.items():
+        print(f"  {name:<34}{s:>9.3f} s {per / s:>10.2f} {unit}/s   ratio {s / seconds[against]:.3f}")
+    ratios = {f"{title}: {name} / {against}": s / seconds[against] for name, s in seconds.items()}
+    return ratios | {f"{title}: {name}, seconds": s for name, s in seconds.items()}
+
+
+def types() -> list[str]:
+    """fp32, and bf16 where the machine has units for it."""
+    return ["fp32"] + ["bf16"] * (DEVICE == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+def row_vit(rounds: int, compiled: bool) -> Figures:
+    """Rows 1 to 3 and 7: training step, evaluation, full fine-tuning; FLOPs, memory, and the share of the machine's."""
+    peer = peer_model()
+    ours = {dtype: our_model(dtype, peer) for dtype in types()}
+    pixels, labels = images(BATCH)
+    check_equal(peer, *ours["fp32"], pixels, labels)
+    steps = {"peer fp32": peer_step(peer)} | {f"ours {t}": our_step(*model) for t, model in ours.items()}
+    if compiled:
+        steps |= {f"ours {t}, compiled": our_step(*our_model(t, peer), compiled=True) for t in ours}
+    whole = timm.create_model("vit_base_patch16_224", num_classes=CLASSES).to(DEVICE)
+    times = timed(steps | {"full fine-tuning (timm), fp32": peer_step(whole)}, rounds)
+    made = table(f"training step, ViT-B/16, Deep-share, batch {BATCH}", times, "peer fp32", BATCH, "img")
+    made |= count_and_compare(steps, times, rounds)
+
+    def evaluate(t: str) -> Callable[[], Tensor]:
+        _, model, vit = ours[t]
+        experts = model.eval().experts(vit)
+        return lambda: image_loss(model, vit, t == "bf16", pixels, labels, experts)
+
+    with torch.no_grad():
+        runs = {"peer fp32": lambda: peer.eval()(pixels)} | {f"ours {t}": evaluate(t) for t in ours}
+        return made | table(f"evaluation, batch {BATCH}", timed(runs, rounds), "peer fp32", BATCH, "img")
+
+
+def check_equal(peer: nn.Module, config: Config, model: Tuned, vit: ViT, pixels: Tensor, labels: Tensor) -> None:
+    """Both compute the same loss and gradients, or there is nothing to compare. AssertionError if not."""
+    theirs = F.cross_entropy(peer.eval()(pixels), labels)
+    theirs.backward()
+    loss, _ = image_loss(model.eval(), vit, False, pixels, labels)
+    loss.backward()
+    torch.testing.assert_close(loss, theirs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.prefix.p.grad, torch.stack([p.grad for p in peer.p]), atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(model.head.weight.grad, peer.head.weight.grad, atol=1e-4, rtol=1e-3)
+    for module in (peer, model):
+        module.zero_grad()
+
+
+def count_and_compare(steps: dict[str, Callable], times: dict[str, float], rounds: int) -> Figures:
+    """FLOPs counted, the share of the machine's best matrix rate that they reach, and peak memory."""
+    counted = {"peer": flops(steps["peer fp32"]), "ours": flops(steps["ours fp32"])}
+    made = {"FLOPs, ours / peer": counted["ours"] / counted["peer"]}
+    print("  counted: " + ", ".join(f"{name} {n / BATCH / 1e9:.1f} GFLOP per image" for name, n in counted.items()))
+    for dtype in types():
+        rate = matrix_rate(getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[dtype]), rounds)
+        best = min(s for name, s in times.items() if name.startswith(f"ours {dtype}"))
+        made[f"share of the best matrix rate, {dtype}"] = counted["ours"] / best / rate
+        print(
+            f"  {dtype}: {counted['ours'] / best / 1e12:.2f} of {rate / 1e12:.2f} TFLOP/s that a matrix product reaches"
+        )
+        for card, peak in PEAKS.items():
+            if DEVICE == "cuda" and card in torch.cuda.get_device_name() and dtype == "bf16":
+                made["MFU, bf16"] = counted["ours"] / best / peak
+                print(f"  MFU {100 * made['MFU, bf16']:.1f} % of {card}'s {peak / 1e12:.0f} TFLOP/s")
+    memory = {name: peak_memory(name) for name in ("peer", *types())}
+    print("  peak memory: " + ", ".join(f"{name} {mb:,.0f} MB" for name, mb in memory.items()))
+    return made | {f"peak memory, {name} / peer": mb / memory["peer"] for name, mb in memory.items()}
+
+
+def row_scaling(rounds: int, compiled: bool) -> Figures:
+    """Time per image-step over batch sizes, prefix lengths and numbers of cached images."""
+    dtype, made = types()[-1], {}
+    steps = {f"batch {b}": our_step(*our_model(dtype), batch=b) for b in (8, 16, 32, 64)}
+    times = {name: s / int(name.split()[1]) for name, s in timed(steps, rounds).items()}
+    made |= table(f"an image-step, {dtype}", times, "batch 8", 1, "img")
+    steps = {f"L {n}": our_step(*our_model(dtype, length=n)) for n in (10, 50, 100, 200)}
+    made |= table(f"training step, batch {BATCH}, {dtype}", timed(steps, rounds), "L 10", BATCH, "img")
+
+    def epoch(count: int) -> Callable[[], None]:
+        split = Split.of(np.zeros((count, 64, 64, 3), np.uint8), np.arange(count) % 10)
+        data = Dataset("", [""] * 10, 56, True, "train", {"train": split})
+
+        def run() -> None:
+            for i, _ in enumerate(data.batches("train", 64, seed=0)):
+                if i == 15:  # 1,000 images of any number
+                    return
+
+        return run
+
+    counts = {f"{n:,} images": epoch(n) for n in (1_000, 10_000, 50_000)}
+    return made | table("16 batches of 64 out of", timed(counts, 3 * rounds), "1,000 images", 1024, "img")
+
+
+def rate(epochs: Iterable[Iterable], seconds: float) -> float:
+    """Batches per second; the first batch, which starts things, is not timed."""
     count, start = 0, None
     for epoch in epochs:
         for _ in epoch:
             start = start or time.perf_counter()
             count += 1
-            if (passed := time.perf_counter() - start) > SECONDS:
+            if (passed := time.perf_counter() - start) > seconds:
                 return (count - 1) / passed
     return 0.0
 
 
-def bench_data() -> None:
-    """Both on one core, on the same images, cut to 224 x 224 and flipped at random as FGVC's are."""
+def row_data(rounds: int, compiled: bool) -> Figures:
+    """Row 5: training batches from the cache against decoding in every epoch, on one core."""
+    threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
     torch.set_num_threads(1)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    pipeline = transforms.Compose(
-        [
-            transforms.Resize(256),
-            transforms.RandomCrop(224),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
+    os.sched_setaffinity(0, {min(cores)})
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as root:
+        size = peers.photographs(Path(folder), 640)
+        print(f"\n640 JPEGs of 500 x 375, {size:.0f} kB each, cut to 224 x 224 and flipped at random; one core")
+        slow = rate((peers.decoding_loader(Path(folder), 64) for _ in range(10**6)), 3.0 * rounds)
+        data = load(folder, root, 224)
+        fast = rate((data.batches("train", 64, seed=0, epoch=e) for e in range(10**6)), 2.0 * rounds)
+        turns = ((normalise(x) for x, _ in data.batches("train", 64, seed=0, epoch=e)) for e in range(10**6))
+        whole = rate(turns, 2.0 * rounds)
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(threads)
+    for name, found in (("decoding in every epoch", slow), ("decoded once", fast), ("and normalised here", whole)):
+        print(f"  {name:<34}{64 * found:>9.0f} img/s   {found / slow:.1f} x")
+    return {"input: cache / decoding": fast / slow, "input: seconds to decode an image": 1 / slow / 64}
+
+
+def row_grid(rounds: int, compiled: bool) -> Figures:
+    """Row 4: eight runs of a grid in one process against a process each, with identical numbers."""
+    made, grid = {}, {"lr": (5.0, 2.5, 1.0, 0.5), "wd": (1e-3, 0.0), "methods": ("deep",), "epochs": 3}
+    for compile_step in (False, True)[: 1 + compiled]:
+        asked = sweep.Sweep(compare=True, compile=compile_step, **grid)
+        print()
+        made[f"a grid: sweep / processes, compile {compile_step}"] = sweep.compare(asked, sweep.cells(asked)[0])
+    return made
+
+
+def row_gpt(rounds: int, compiled: bool) -> Figures:
+    """Row 6: GPT-2 124M, a step of 10 texts (64 + 64 tokens), and 32 tokens for 16 prompts of 20 by 5 beams."""
+    theirs, tuned, ours = peers.gpt2(length=5)
+    made, source = torch.Generator().manual_seed(0), 64
+    tokens = torch.randint(50_000, (10, 2 * source), generator=made)
+    at = torch.arange(source - 1, 2 * source - 1).expand(10, -1)
+    held = type(ours)()
+    held.load_state_dict(ours.state_dict())
+    held.requires_grad_(False).hold_in_bf16()
+    config = resolve(Config(task="e2e", share="deep", length=5))
+    model = Tuned(config, ours, 0)
+
+    def step(gpt: nn.Module, bf16: bool) -> Callable[[], None]:
+        def run() -> None:
+            text_loss(model, gpt, bf16, tokens, at, tokens[:, source:])[0].backward()
+            model.zero_grad()
+
+        return run
+
+    steps = {"transformers + peft fp32": peers.peft_step(tuned, tokens, source), "ours fp32": step(ours, False)}
+    steps |= {"ours bf16": step(held, True)} if "bf16" in types() else {}
+    times = timed(steps, rounds)
+    figures = table("training step, GPT-2 124M, 10 x (64 + 64) tokens", times, "transformers + peft fp32", 10, "texts")
+    count = flops(steps["ours fp32"])
+    print(f"  counted: {count / 1e9:.0f} GFLOP a step, {count / times['ours fp32'] / 1e12:.2f} TFLOP/s in fp32")
+    figures["share of the best matrix rate, gpt fp32"] = count / times["ours fp32"] / matrix_rate(torch.float32, rounds)
+    prompts = torch.randint(50_000, (16, 20), generator=made)
+    beam = {"num_beams": 5, "max_new_tokens": 32, "do_sample": False, "pad_token_id": 50256}
+    runs = {"transformers": lambda: theirs.generate(prompts, **beam)}
+    runs |= {"ours": lambda: ours.generate(prompts.tolist(), beams=5, max_new=32)}
+    title = "beam search, 16 prompts of 20 tokens, 5 beams, 32 tokens, fp32"
+    return figures | table(title, timed(runs, rounds), "transformers", 16 * 32, "tokens")
+
+
+def row_experiment(figures: Figures) -> Figures:
+    """Row 8: hours of `sweep.py --tasks cub --methods deep`, put together from rows `vit` and `data`.
+
+    The peer also evaluates val and test after every epoch and decodes every image each time, as the official code does.
+    """
+    train, val, test = TASKS["cub"].sizes.values()
+    dtype, step = types()[-1], f"training step, ViT-B/16, Deep-share, batch {BATCH}"
+    tests = f"evaluation, batch {BATCH}"
+    ours, theirs = (
+        [figures[f"{title}: {name}, seconds"] / BATCH for title in (step, tests)]
+        for name in (f"ours {dtype}", "peer fp32")
     )
-    with tempfile.TemporaryDirectory() as folder:
-        size = photographs(Path(folder))
-        print(f"{IMAGES} JPEGs of 500 x 375, {size:.0f} kB each; batches of {BATCH}; one core")
-        loader = DataLoader(ImageFolder(folder, pipeline), BATCH, shuffle=True, drop_last=True)
-        slow = rate(loader for _ in range(10**6))
-        with tempfile.TemporaryDirectory() as root:
-            start = time.perf_counter()
-            data = load(folder, root, 224)
-            prepared = time.perf_counter() - start
-            turns = [data.batches("train", BATCH, seed=0, epoch=epoch) for epoch in range(2000)]
-            fast = rate(turns)
-            whole = rate((normalise(x) for x, _ in data.batches("train", BATCH, seed=0, epoch=e)) for e in range(2000))
-    print(f"  torchvision, decoding in every epoch   {slow:8.2f} batches/s")
-    print(f"  decoded once ({prepared:.0f} s), uint8           {fast:8.2f} batches/s  {fast / slow:6.1f} x")
-    print(f"  the same, normalised on this core      {whole:8.2f} batches/s  {whole / slow:6.1f} x")
+    decode, runs, finals, epochs = figures["input: seconds to decode an image"], 40, 5, 100
+    mine = (runs + finals) * epochs * train * ours[0] + (runs * val + finals * test) * ours[1]
+    every = train * theirs[0] + (val + test) * theirs[1] + (train + val + test) * decode / (os.cpu_count() or 1)
+    hours = {"peer fp32": (runs + finals) * epochs * every / 3600, f"ours {dtype}": mine / 3600}
+    print("\nsweep --tasks cub --methods deep (40 + 5 runs of 100 epochs), put together from the rows above")
+    for name, value in hours.items():
+        print(f"  {name:<34}{value:>9,.0f} hours   ratio {value / hours['peer fp32']:.3f}")
+    return {f"cub, hours: {name}": value for name, value in hours.items()}
+
+
+ROWS = {"vit": row_vit, "data": row_data, "scaling": row_scaling, "grid": row_grid, "gpt": row_gpt}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="How fast it is, and against what.", allow_abbrev=False)
-    parser.add_argument("what", choices=["data"])
-    parser.parse_args(argv)
-    bench_data()
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("rows", nargs="*", metavar="row", help=f"some of {', '.join(ROWS)}; all of them by default")
+    parser.add_argument("--rounds", type=int, default=3, help="how often candidates take turns (default: 3)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile too; takes minutes on a CPU")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    try:
+        options = parser.parse_args(argv)
+        if unknown := [row for row in options.rows if row not in ROWS]:
+            raise UsageError(f"no row '{unknown[0]}'; rows: {', '.join(ROWS)}")
+        if options.rounds < 1:
+            raise UsageError(f"--rounds is {options.rounds}; it must be positive")
+        card = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} threads"
+        print(f"{platform.machine()}, {card}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+        figures = {}
+        for row in options.rows or ROWS:
+            figures |= ROWS[row](options.rounds, options.compile)
+        if {"vit", "data"} <= set(options.rows or ROWS):
+            figures |= row_experiment(figures)
+        if options.json:
+            write(options.json, json.dumps(figures, indent=1).encode())
+    except (UsageError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -229,9 +229,11 @@ def run(sweep: Sweep) -> None:
     """The whole sweep, and its report in OUT/TASK, or OUT/TASKS if there are several."""
     rows, todo = [], cells(sweep)
     if sweep.compare:
-        return compare(sweep, todo[0])
+        compare(sweep, todo[0])
+        return
     if sweep.dry_run:
-        return plan.show([costs(sweep, cell) for cell in todo], sweep.img_per_s)
+        plan.show([costs(sweep, cell) for cell in todo], sweep.img_per_s)
+        return
     home = folder(sweep, "-".join(dict.fromkeys(sweep.tasks)))
     with ExitStack() as stack:
         for path in sorted({home} | {folder(sweep, cell.task) for cell in todo}):
@@ -271,8 +273,10 @@ def words(script: str, options) -> list[str]:
     return command
 
 
-def compare(sweep: Sweep, cell: Cell) -> None:
-    """Time the first grid twice, as one `train.py` per run and as one `sweep.py`; UsageError if a number differs.
+def compare(sweep: Sweep, cell: Cell) -> float:
+    """Time the first grid twice, as one `train.py` per run and as one `sweep.py`: the ratio of the two times.
+
+    UsageError if a number differs.
 
     Both start from nothing: new processes, empty folders, an empty cache of compiled code (which separate runs share).
     """
@@ -301,6 +305,7 @@ def compare(sweep: Sweep, cell: Cell) -> None:
     )
     if differ:
         raise UsageError("a run must not depend on the process it is in; please report this with the line above")
+    return seconds["sweep"] / seconds["separate"]
 
 
 def parse(argv: list[str] | None) -> Sweep:

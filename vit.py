@@ -71,10 +71,18 @@ class Attention(nn.Module):
         y = F.linear(x, weight, bias).unflatten(-1, (-1, self.n_head, x.shape[-1] // self.n_head))
         return y.permute(2, 0, 3, 1, 4)  # (parts, B, H, N, Dh)
 
-    def forward(self, x: Tensor, prefix: Tensor | None, n_query: int, gates: list | None = None) -> Tensor:
-        """x (B, N, D), prefix (2, H, L, Dh) or (2, B, H, L, Dh) -> (B, n_query, D): what the first tokens gather."""
-        (q,) = self.heads(x[:, :n_query], slice(0, 1))  # (B, H, n_query, Dh)
-        k, v = self.heads(x, slice(1, 3))  # 2 x (B, H, N, Dh)
+    def forward(
+        self, x: Tensor, prefix: Tensor | None, n_query: int | None = None, gates: list | None = None
+    ) -> Tensor:
+        """x (B, N, D), prefix (2, H, L, Dh) or (2, B, H, L, Dh) -> (B, n_query, D): what the first tokens gather.
+
+        n_query: None is N, all of them.
+        """
+        if n_query is None:
+            q, k, v = self.heads(x, slice(0, 3))  # 3 x (B, H, N, Dh)
+        else:
+            (q,) = self.heads(x[:, :n_query], slice(0, 1))  # (B, H, n_query, Dh)
+            k, v = self.heads(x, slice(1, 3))  # 2 x (B, H, N, Dh)
         if prefix is not None:
             prefix_k, prefix_v = (p.expand(len(x), -1, -1, -1) for p in prefix.to(k.dtype))  # 2 x (B, H, L, Dh)
             k = torch.cat([prefix_k, k], dim=2)  # (B, H, L + N, Dh)
@@ -105,8 +113,8 @@ class Block(nn.Module):
         self, x: Tensor, prefix: Tensor | None = None, n_query: int | None = None, gates: list | None = None
     ) -> Tensor:
         """(B, N, D) -> (B, n_query, D). Only the first n_query tokens go on; the others are still keys and values."""
-        n_query = n_query or x.shape[1]
-        x = x[:, :n_query] + self.attn(self.norm1(x), prefix, n_query, gates)  # (B, n_query, D)
+        gathered = self.attn(self.norm1(x), prefix, n_query, gates)  # (B, n_query, D)
+        x = (x if n_query is None else x[:, :n_query]) + gathered  # (B, n_query, D)
         return x + self.mlp(self.norm2(x))  # (B, n_query, D)
 
     def keys_values(self, x: Tensor) -> Tensor:
