@@ -12,6 +12,7 @@ from typing import Literal, get_args, get_origin
 import torch
 
 from data import UsageError, find
+from prefix import SHARE
 
 
 def opt(default, help):
@@ -26,7 +27,7 @@ class Config:
     tune: Literal["prefix", "linear", "full"] = opt(
         "prefix", "train a prefix (and, for images, the head), the head alone, or everything"
     )
-    share: Literal["none", "simple", "linear", "deep"] = opt("none", "how a prefix key and value share parameters")
+    share: Literal[SHARE] = opt("none", "how a prefix key and value share parameters")
     shallow: bool = opt(False, "put the prefix in the first layer only")
     length: int | None = opt(None, "number of prefix vectors L (default: the task's)")
     lr: float | None = opt(None, "learning rate; images: a step uses lr * batch / 256 (default: the task's)")

@@ -16,10 +16,9 @@ import torch
 
 from data import UsageError, find
 from options import Config, method
+from prefix import Prefix
 from train import Tuned, image_loss, load_backbone, make_optimizer, use_bf16
 from vit import ViT
-
-HIDDEN = 48  # width of Deep-share's MLP
 
 
 def block_flops(vit: ViT, n: int, length: int) -> tuple[int, int]:
@@ -31,9 +30,10 @@ def block_flops(vit: ViT, n: int, length: int) -> tuple[int, int]:
 
 def generator_flops(config: Config, dim: int) -> float:
     """Making one layer's keys and values, per image: once per batch, or per image where Simple-share drops out on p."""
-    per_vector = {"none": 0, "simple": dim * 2 * dim, "linear": dim * 2 * dim, "deep": dim * HIDDEN + HIDDEN * 2 * dim}
-    per_image = config.share == "simple" and not config.shallow
-    return 2 * config.length * per_vector[config.share] / (1 if per_image else config.batch)
+    simple = config.share == "simple"  # its map is the frozen layer's own
+    maps = Prefix(n_layer=1, n_head=1, dim=dim, length=1, share=config.share).map.named_parameters()
+    per_vector = dim * 2 * dim if simple else sum(p.numel() for name, p in maps if name.endswith("weight"))
+    return 2 * config.length * per_vector / (1 if simple and not config.shallow else config.batch)
 
 
 def image_flops(config: Config, vit: ViT, classes: int) -> tuple[float, float]:

@@ -10,9 +10,11 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from matplotlib.axes import Axes
+from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 
 from data import write
+from prefix import SHARE
 
 # Test top-1 in % of the paper, read off the bars of its figure (+-0.1); ViT-B/16, ImageNet-21k.
 METHODS = ("none-shallow", "simple-shallow", "deep-shallow", "none", "simple", "deep")
@@ -24,8 +26,7 @@ PUBLISHED = {
     "cars": dict(zip(METHODS, (54.7, 55.4, 63.5, 62.4, 82.9, 79.3), strict=True)),
 }
 USED = ("backbone", "optimizer", "batch", "epochs")  # settings that the report names
-COLOURS = {"none": "tab:gray", "simple": "tab:blue", "linear": "tab:green", "deep": "tab:orange"}
-COLOURS |= {"probe": "tab:olive", "full": "tab:purple"}
+COLOURS = dict(zip((*SHARE, "probe", "full"), ("gray", *TABLEAU_COLORS), strict=False))
 
 
 @dataclass
@@ -93,7 +94,7 @@ def table(rows: list[Row]) -> str:
 def counterpart(row: Row, rows: list[Row]) -> Row | None:
     """The No-share row to compare a shared one with: of the same placement and, if there are several, length."""
     share, _, placement = row.method.partition("-")
-    if share not in ("simple", "linear", "deep"):
+    if share not in SHARE[1:]:
         return None
     name = "none-shallow" if placement else "none"
     same = [r for r in rows if (r.task, r.method, r.fraction) == (row.task, name, row.fraction)]
