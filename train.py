@@ -125,14 +125,20 @@ def text_loss(
 
 
 def step_function(config: Config, data: Dataset | Text) -> Callable:
-    """The loss of this kind of data; compiled for its two batch sizes (images), or once for all lengths (text)."""
+    """The loss of this kind of data; compiled for one batch size (images), or once for all lengths (text)."""
     step = text_loss if data.text else image_loss
     return torch.compile(step, dynamic=data.text) if config.compile else step
 
 
 def batches(config: Config, data: Dataset | Text, split: str, **order) -> Iterator[tuple[Tensor, ...]]:
-    """data.batches on the device: copied from pinned memory while the GPU is still busy with the batch before."""
+    """data.batches on the device: copied from pinned memory while the GPU is still busy with the batch before.
+
+    For a compiled step, a last batch of images that is not full is filled up: labels of -100 count nowhere.
+    """
     for batch in data.batches(split, config.batch, pin=config.device == "cuda", **order):
+        if config.compile and not data.text and (missing := config.batch - len(batch[0])):
+            pixels, labels = batch
+            batch = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, missing)), F.pad(labels, (0, missing), value=-100)
         yield tuple(tensor.to(config.device, non_blocking=True) for tensor in batch)
 
 
@@ -189,10 +195,9 @@ def make_optimizer(config: Config, model: Tuned) -> torch.optim.Optimizer:
     groups = [{"params": [p for name, p in model.named_parameters() if name != "head.bias"], "weight_decay": config.wd}]
     if model.head is not None:
         groups.append({"params": [model.head.bias], "weight_decay": 0.0})
-    fused = config.device == "cuda"
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, fused=fused)
-    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused)
+        return torch.optim.AdamW(groups, lr=0.0, fused=True)
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
 
 
 def run_epoch(
@@ -221,12 +226,13 @@ def run_epoch(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        loss_sum += loss.detach() * len(batch[0])
+        real = len(batch[0]) if data.text else min(config.batch, count - seen)  # of a batch that was filled up
+        loss_sum += loss.detach() * real
         tally_sum += tally
-        seen += len(batch[0])
-        bar.update(len(batch[0]))
+        seen += real
+        bar.update(real)
         if (i + 1) % 50 == 0 or i + 1 == steps:
-            bar.set_postfix(loss=f"{loss_sum.item() / seen:.3f}", refresh=False)
+            bar.set_postfix(loss=f"{loss_sum.item() / (tally_sum.item() if data.text else seen):.3f}", refresh=False)
             if not loss_sum.isfinite():
                 return {"epoch": epoch + 1, "status": "diverged"}
     if not data.text:
