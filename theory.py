@@ -1,6 +1,6 @@
 """The theorem, seen: what n samples say about prefix experts whose keys and values are free, and about shared ones.
 
-    python theory.py        about a minute and a half on two cores; leaves out/theory/report.md and theory.png
+    python theory.py        a minute or two on two cores; leaves out/theory/report.md and theory.png
 
 Model. One query of one attention head: N token experts h_j that are known, L prefix experts that are not, and noise.
     Y_i = f_G*(X_i) + noise_i,    f_G(x) = sum_j g_j h_j(x) + sum_l g_l C p_V[l],
@@ -259,15 +259,14 @@ def split(world: World, kind: str, shifts: Tensor) -> Tensor:
 
 def table(config: Config, results: dict) -> str:
     """Slopes of every kind and L' after the last step, and of the largest L' after fewer."""
-    heads = (
-        "L' | kind | steps | D, median | D | p_K | p_V | prediction | theorem (log n aside) | misses p_V | still moving"
-    )
-    lines = [f"| {heads} |", "|---" * 11 + "|"]
+    heads = "L' | kind | steps | D, median | D | p_K | p_V | prediction | theorem for D | last D, p_V, prediction"
+    lines = [f"| {heads} | misses p_V | still moving |", "|---" * 12 + "|"]
     for (kind, length), fits in sorted(results.items(), key=lambda item: item[0][1]):
-        theorem = {"non-shared": "no power of n", "learned": "none"}.get(kind, "-0.5") if length > 1 else "-"
+        theorem = {"non-shared": "no power of n", "learned": "-"}.get(kind, "-0.5") if length > 1 else "-"
         for steps, found in list(zip(config.budgets, fits, strict=True))[0 if length == LENGTHS[-1] else -1 :]:
             fitted = [slopes(found[..., 0], np.median), *(slopes(found[..., i]) for i in range(4))]
             cells = [str(length), kind, str(steps), *(f"{slope:.2f} ± {error:.2f}" for slope, error in fitted), theorem]
+            cells += [", ".join(f"{error:.2g}" for error in found[:, -1, [0, 2, 3]].mean(0))]
             cells += [f"{share:.0%}" for share in ((found[:, -1, 2] > MISS).mean(), found[..., 4].mean())]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -278,7 +277,8 @@ def text(config: Config, results: dict) -> str:
 
 Slopes of log error on log n, n from {SIZES[0]:,} to {SIZES[-1]:,}, {config.reps} data sets each, seed {config.seed},
 ± bootstrap standard error. D: Voronoi loss, median and mean. p_K, p_V, prediction: mean rms error of keys, values, f.
-Misses p_V: fits at the largest n with values off by over {MISS}. Still moving: fits of all n that ran out of steps.
+Theorem: its rate, log n aside. Last: mean errors at the largest n. Misses p_V: fits with values off by over
+{MISS} there. Still moving: fits of all n that ran out of steps.
 
 {table(config, results)}
 

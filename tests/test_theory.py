@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import theory
+from prefix import Prefix
 from theory import (
     KINDS,
     SIZES,
@@ -164,6 +165,33 @@ def test_free_values_can_drift_apart_unseen_and_shared_ones_move_f_by_the_square
         change = measure(world, kind, split(world, kind, shifts))[:, 3]
         assert (change[1] / change[0]).item() == pytest.approx(100, rel=0.05)
         assert change[2] > 0.1
+
+
+def test_maps_that_are_learned_can_make_one_key_with_two_values(world):
+    """W1 p and W2 p are any vectors if the p[l] are linearly independent, so the flat direction is back."""
+    (true,) = atoms(world, "one-layer", truth(world, "one-layer"))  # (5,)
+    p, apart = rows([1.2, -0.8], [-0.5, 1.5]), rows([0.6, 0.8], [-0.6, -0.8])  # (L', 2)
+    W1 = torch.linalg.solve(p, (true[1:3].expand(2, 2) / 2).atanh()).T
+    W2 = torch.linalg.solve(p, (true[3:] + apart).asinh() / 0.7).T
+    b = torch.full((2, 1), theory.BIAS - math.log(2), dtype=torch.float64)
+    theta = torch.cat([W1.flatten(), W2.flatten(), torch.cat([b, p], 1).flatten()])
+    fitted = atoms(world, "learned", theta[None])  # (1, 2, 5)
+    torch.testing.assert_close(attention(world, fitted)[0], attention(world, true[None, None])[0], atol=1e-12, rtol=0)
+    assert voronoi_loss(fitted, true[None], shared=False).item() == pytest.approx(math.exp(theory.BIAS))
+    assert torch.linalg.det(W1).abs() < 1e-12  # an invertible W1 would move the keys apart
+
+
+def test_deep_share_makes_any_keys_and_values_of_as_many_vectors_as_its_hidden_width_and_one():
+    def distance(length):
+        prefix = Prefix(1, 1, 64, length, "deep", hidden=12, init_scale=1.0).double()
+        hidden = (prefix.p[0] @ prefix.map[0].weight[0] + prefix.map[0].bias[0]).tanh().detach()  # (L, 12)
+        hidden = torch.cat([hidden, torch.ones(length, 1)], 1)  # A2 and a2 act on this
+        wanted = torch.randn(length, 128).double()  # keys and values
+        return (hidden @ torch.linalg.lstsq(hidden, wanted).solution - wanted).abs().max()
+
+    torch.manual_seed(0)
+    assert max(distance(5), distance(13)) < 1e-8
+    assert distance(14) > 0.01
 
 
 def test_the_data_are_means_of_n_samples(world):
