@@ -204,6 +204,9 @@ def test_the_data_are_means_of_n_samples(world):
     noise = ((y - f) * counts.sqrt().unsqueeze(1))[seen]
     assert noise.std().item() == pytest.approx(0.1, rel=0.02)
     assert not seen.all()  # with 100 samples some points have none
+    again, other = (sample(world, "shared", 1, seed=seed, reps=range(40)) for seed in (0, 1))
+    assert torch.equal(y, again[0])
+    assert not any(torch.allclose(one, two) for one, two in zip(again, other, strict=True))  # data and starts
 
 
 def test_a_slope_is_that_of_the_power_law_and_its_error_that_of_its_spread():
