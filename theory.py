@@ -49,8 +49,9 @@ from torch.func import jacrev, vmap
 from tqdm import tqdm
 
 from download import UsageError, write
+from options import Parser, add_options, opt
 from report import png
-from train import BAR, Parser, add_options, opt
+from train import BAR
 
 KINDS = {"non-shared": "tab:gray", "shared": "tab:blue", "one-layer": "tab:orange", "learned": "tab:green"}
 LENGTHS, STYLES = (1, 2, 3), {1: ":", 2: "--", 3: "-"}  # L', where L = 1
