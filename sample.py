@@ -6,18 +6,10 @@
     python sample.py RUN "name : Aromi | food : Thai"       the text for a source, or for each line of a file
 
 RUN is a folder that train.py left. It knows its task, classes, backbone and settings; the data set is not needed.
-
-One softmax gates L prefix experts and N tokens, so what a query gathers divides into two shares that sum to 1:
-    share of the prefix = sum_l g_l,  share of the tokens = sum_j g_j,  g = softmax of [q . p_k[l], q . k_j] / sqrt(Dh)
-`--explain` draws the first for every layer and head, and where the second goes. The gates come from the model's own
-attention (`gates`), not from a copy of it.
-
-Shapes: B images or texts, N tokens, H heads, L prefix length, depth = layers with a prefix.
-Sources: Le et al., ICLR 2025; Abnar & Zuidema, ACL 2020 (rollout); Roy & Vetterli, EUSIPCO 2007 (effective rank).
+What the pictures show: explain.py.
 """
 
 import argparse
-import io
 import json
 import sys
 from collections.abc import Iterator
@@ -33,10 +25,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 import checkpoint
-from data import UsageError, normalise, write
+from data import UsageError, write
+from explain import experts_picture, image_picture, text_picture
 from gpt import GPT
 from options import Config, Parser, add_options, method, opt
 from pixels import Files, crop
+from report import png
 from text import Pair, Template, Text, encoding
 from train import BAR, WRITE, Tuned, open_backbone, use_bf16
 from vit import ViT
@@ -68,6 +62,11 @@ class Run:
     model: Tuned
     backbone: ViT | GPT
     experts: Tensor | None  # (depth, 2, H, L, Dh)
+
+    @property
+    def tuned(self) -> ViT | GPT:
+        """The backbone that computes: the run's own if it was trained too."""
+        return self.model.backbone or self.backbone
 
     def autocast(self) -> torch.autocast:
         bf16 = use_bf16(self.config, self.backbone)
@@ -144,77 +143,6 @@ def classify(run: Run, pixels: Tensor) -> Tensor:
         return run.model.classify(run.backbone, pixels, run.experts).softmax(-1)
 
 
-@torch.inference_mode()
-def gates_of(run: Run, inputs: Tensor, experts: Tensor | None) -> list[Tensor]:
-    """The attention weights (B, H, Nq, L + N) of every layer, for normalised images or for tokens."""
-    gates = []
-    with run.autocast():
-        run.backbone(inputs, experts, gates=gates)
-    return [gate.float() for gate in gates]
-
-
-def prefix_share(gates: list[Tensor], tokens: int) -> Tensor:
-    """How much every query takes from the prefix, per layer and head: gates (B, H, Nq, L + N) -> (layers, B, H, 1)."""
-    return torch.stack([gate[:, :, -1:, :-tokens].sum(-1) for gate in gates])
-
-
-def last_layer(gates: list[Tensor], tokens: int) -> Tensor:
-    """Where CLS looks among the tokens in the last layer, mean over heads: (B, N), sums to 1."""
-    looks = gates[-1][:, :, 0, -tokens:].mean(1)  # (B, N)
-    return looks / looks.sum(-1, keepdim=True)
-
-
-def rollout(gates: list[Tensor], tokens: int) -> Tensor:
-    """How much of each token has reached CLS, if half of a token stays and half moves by attention: (B, N)."""
-    eye = torch.eye(tokens, device=gates[0].device)
-    flow = eye
-    for gate in gates:
-        looks = gate[..., -tokens:].mean(1)  # (B, N, N), the last layer (B, 1, N): without the prefix's columns
-        looks = looks / looks.sum(-1, keepdim=True)
-        flow = (looks + eye[: looks.shape[1]]) / 2 @ flow  # (B, N, N)
-    return flow[:, 0]
-
-
-def image_picture(run: Run, pixels: Tensor, title: str) -> Figure:
-    """One image (1, size, size, 3): the image, CLS's attention without, with, and the difference, and the gate."""
-    backbone, images = run.model.backbone or run.backbone, normalise(pixels)
-    tokens, side = backbone.pos_embed.shape[1], round((backbone.pos_embed.shape[1] - 1) ** 0.5)
-    without, with_ = gates_of(run, images, None), gates_of(run, images, run.experts)
-    figure = Figure(figsize=(13, 6.5), layout="constrained")
-    figure.suptitle(title)
-    axes = figure.subplots(2, 4)
-    axes[0, 0].imshow(pixels[0].numpy(force=True))
-    axes[0, 0].set_title("the image, as the model sees it")
-    for row, (name, look) in zip(axes, {"last layer": last_layer, "rollout": rollout}.items(), strict=True):
-        maps = [
-            look(gates, tokens)[0, 1:].view(side, side).numpy(force=True) for gates in (without, with_)
-        ]  # CLS itself is left out
-        most = max(m.max() for m in maps)
-        for cell, drawn, label in zip(row[1:], maps, ("without prefix", "with prefix"), strict=False):
-            heat = cell.imshow(drawn, vmin=0, vmax=most, cmap="viridis")
-            cell.set_title(f"{name}, {label}")
-        figure.colorbar(heat, ax=row[2], shrink=0.8)
-        change = maps[1] - maps[0]
-        far = max(abs(change).max(), 1e-9)
-        heat = row[3].imshow(change, vmin=-far, vmax=far, cmap="RdBu_r")
-        row[3].set_title(f"{name}, difference")
-        figure.colorbar(heat, ax=row[3], shrink=0.8)
-    for cell in [axes[0, 0], *axes[:, 1:].flat]:
-        cell.axis("off")
-    share = prefix_share(with_, tokens)[:, 0, :, 0]  # (layers, H)
-    gate_map(figure, axes[1, 0], share, "head", "share of CLS's attention\nthat goes to the prefix")
-    axes[1, 0].set_xticks(range(share.shape[1]), range(1, share.shape[1] + 1))
-    return figure
-
-
-def gate_map(figure: Figure, axes, share: Tensor, across: str, title: str) -> None:
-    """A heat map of shares from 0 to 1, a row per layer, the first layer on top."""
-    heat = axes.imshow(share.numpy(force=True), vmin=0, vmax=1, cmap="magma", aspect="auto")
-    axes.set(title=title, ylabel="layer", xlabel=across)
-    axes.set_yticks(range(len(share)), range(1, len(share) + 1))
-    figure.colorbar(heat, ax=axes)
-
-
 def classify_all(run: Run, options: Options, inputs: list[str]) -> None:
     """A line per image: its likeliest classes with their probabilities."""
     classes, seen = run.facts["classes"], 0
@@ -225,7 +153,8 @@ def classify_all(run: Run, options: Options, inputs: list[str]) -> None:
             line = {"image": str(path), "classes": dict(named)}
             said = ", ".join(f"{name} {100 * p:.1f} %" for name, p in named)
             if options.explain:
-                figure = image_picture(run, pixels[i : i + 1], f"{path.name}: {said}")
+                with run.autocast():
+                    figure = image_picture(run.tuned, pixels[i : i + 1], run.experts, f"{path.name}: {said}")
                 line["picture"] = save(run, options, f"explain-{path.stem}.png", figure)
             show(options, line, f"{path}: {said}")
         seen += len(paths)
@@ -257,76 +186,27 @@ def write_all(run: Run, options: Options, inputs: list[str]) -> None:
     template, words = Template(**run.facts["template"]), encoding(run.backbone.reads)
     data = Text(run.config.task, words, template, {"test": pairs})
     prompts = [tokens for tokens, _ in data.prompts("test")]
-    backbone = run.model.backbone or run.backbone
     longest = max(map(len, prompts)) + (run.config.length if run.model.prefix else 0) + data.decoding["max_new"]
-    if longest > backbone.context:
-        raise UsageError(f"a source is too long: with its text it may need {longest} of {backbone.context} positions")
+    if longest > run.tuned.context:
+        raise UsageError(f"a source is too long: with its text it may need {longest} of {run.tuned.context} positions")
     for start in tqdm(range(0, len(prompts), WRITE), "texts", unit="batch", **BAR | QUIET):
         some = prompts[start : start + WRITE]
         with run.autocast():
-            made = backbone.generate(some, run.experts, options.beams, **data.decoding)
+            made = run.tuned.generate(some, run.experts, options.beams, **data.decoding)
         for i, tokens in enumerate(made):
             line = {"source": pairs[start + i].source, "text": data.decode(tokens)}
             if options.explain and tokens:
-                figure = text_picture(run, some[i], tokens, words, line["text"])
+                said = [words.decode([token]) for token in tokens]
+                with run.autocast():
+                    figure = text_picture(run.tuned, some[i], said, tokens, run.experts, line["text"])
                 line["picture"] = save(run, options, f"explain-{start + i}.png", figure)
             show(options, line, line["text"])
-
-
-def text_picture(run: Run, prompt: list[int], made: list[int], words, title: str) -> Figure:
-    """The gate over the tokens that were written: how much each took from the prefix, per layer, mean over heads."""
-    tokens = torch.tensor([prompt + made[:-1]], device=run.config.device)  # (1, T): what was read to write the last one
-    gates = gates_of(run, tokens, run.experts)
-    count = tokens.shape[1]
-    share = torch.stack([gate[0, :, -len(made) :, :-count].sum(-1).mean(0) for gate in gates])  # (layers, made)
-    figure = Figure(figsize=(max(6, 0.22 * len(made)), 4), layout="constrained")
-    axes = figure.subplots()
-    gate_map(figure, axes, share, "token that was written", "share of attention that goes to the prefix")
-    axes.set_xticks(range(len(made)), [words.decode([t]) for t in made], rotation=90, fontsize=8)
-    figure.suptitle(title if len(title) < 90 else title[:87] + "...", fontsize=9)
-    return figure
-
-
-def cosines(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine similarity of all pairs: (n, D), (m, D) -> (n, m)."""
-    return torch.nn.functional.normalize(a, dim=-1) @ torch.nn.functional.normalize(b, dim=-1).mT
-
-
-def effective_rank(vectors: Tensor) -> float:
-    """exp(entropy of the singular values' shares) of L vectors (L, D): L if all point elsewhere, 1 if they are one."""
-    shares = torch.linalg.svdvals(vectors)
-    shares = shares / shares.sum()
-    return torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum()).item()
-
-
-def experts_picture(runs: list[Run]) -> Figure:
-    """A row per run: keys x keys, values x values, keys x values over all layers' experts, and each layer's rank."""
-    figure = Figure(figsize=(15, 3.8 * len(runs)), layout="constrained")
-    for axes, run in zip(figure.subplots(len(runs), 4, squeeze=False), runs, strict=True):
-        keys, values = run.experts.float().transpose(2, 3).flatten(3).cpu().unbind(1)  # 2 x (depth, L, D)
-        depth, length, _ = keys.shape
-        pairs = {"keys, keys": (keys, keys), "values, values": (values, values), "keys, values": (keys, values)}
-        for cell, (name, both) in zip(axes, pairs.items(), strict=False):
-            alike = cosines(*(part.flatten(0, 1) for part in both))  # (depth * L, depth * L)
-            heat = cell.imshow(alike.numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
-            middle = [length * (i + 0.5) - 0.5 for i in range(depth)]
-            cell.set_xticks(middle, range(1, depth + 1))
-            cell.set_yticks(middle, range(1, depth + 1))
-            cell.set(title=f"{method(run.config)}: cosine of {name}", xlabel="layer", ylabel="layer")
-            figure.colorbar(heat, ax=cell, shrink=0.8)
-        for name, part in (("keys", keys), ("values", values)):
-            axes[3].plot(range(1, depth + 1), [effective_rank(layer) for layer in part], marker="o", label=name)
-        axes[3].set(title=f"effective rank of {length} experts", xlabel="layer", ylim=(0.9, length + 0.5))
-        axes[3].legend()
-    return figure
 
 
 def save(run: Run, options: Options, name: str, figure: Figure) -> str:
     folder = Path(options.out or run.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=90)
-    write(folder / name, buffer.getvalue())
+    write(folder / name, png(figure))
     return str(folder / name)
 
 
@@ -341,7 +221,8 @@ def sample(options: Options, names: list[str]) -> None:
         runs = [open_run(Path(name), options) for name in names]
         if flat := [run for run in runs if run.experts is None]:
             raise UsageError(f"{flat[0].folder} has no prefix, so it has no experts to compare")
-        show(options, {"picture": (path := save(runs[0], options, "experts.png", experts_picture(runs)))}, path)
+        figure = experts_picture([(method(run.config), run.experts) for run in runs])
+        show(options, {"picture": save(runs[0], options, "experts.png", figure)}, f"{len(runs)} runs")
         return
     run = open_run(Path(names[0]), options)
     if options.explain and run.experts is None:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import sample
 from data import load
+from explain import gates_of
 from gpt import GPT
 from options import Config, resolve
 from train import Tuned, evaluate, learning_rate, load_backbone, main, make_optimizer, text_loss, train
@@ -161,7 +162,7 @@ def test_the_shares_of_prefix_and_tokens_sum_to_one_in_a_gpt_too(config):
     gpt, data = load_backbone(config), load(config.task, reads="bytes")
     train(config, gpt, data)
     run = sample.open_run(Path(config.out), sample.Options())
-    gates = sample.gates_of(run, torch.arange(9)[None], run.experts)
+    gates = gates_of(run.backbone, torch.arange(9)[None], run.experts)
     for gate in gates:  # (1, H, T, L + T)
         assert gate.shape[-1] == 4 + 9
         torch.testing.assert_close(gate[..., :4].sum(-1) + gate[..., 4:].sum(-1), torch.ones(gate.shape[:-1]))

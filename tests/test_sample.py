@@ -1,4 +1,4 @@
-"""sample.py: it predicts as train.py does, its pictures show what they say, and wrong input is one sentence."""
+"""sample.py and explain.py: it predicts as train.py does, and its pictures show what they say."""
 
 import json
 import shutil
@@ -11,11 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-import sample
-from data import ASSETS, load
+from data import ASSETS, load, normalise
+from explain import cosines, effective_rank, gates_of, last_layer, prefix_share, rollout
 from options import Config
 from pixels import stratified
-from sample import Options, cosines, effective_rank, gates_of, last_layer, main, open_run, prefix_share, rollout
+from sample import Options, main, open_run
 from train import load_backbone, train
 
 QUICK = {"task": "digits", "fraction": 0.2, "epochs": 2, "length": 4, "lr": 2.5, "wd": 0.0}
@@ -87,7 +87,7 @@ def test_an_unreadable_file_is_named_and_skipped(runs, pictures, tmp_path, capsy
 
 def test_the_shares_of_prefix_and_tokens_sum_to_one_and_without_a_prefix_nothing_changes(runs, small_vit):
     run, images = open_run(runs["deep"], Options()), torch.randn(3, 3, 32, 32)
-    gates = gates_of(run, images, run.experts)
+    gates = gates_of(run.backbone, images, run.experts)
     share = prefix_share(gates, tokens=17)  # (layers, B, H, 1)
     assert share.shape == (8, 3, 4, 1)
     on_tokens = torch.stack([gate[:, :, -1:, 4:].sum(-1) for gate in gates])
@@ -95,8 +95,8 @@ def test_the_shares_of_prefix_and_tokens_sum_to_one_and_without_a_prefix_nothing
     assert share.min() > 0
     empty = run.experts[..., :0, :]  # L = 0
     for look in (last_layer, rollout):
-        without = look(gates_of(run, images, None), 17)
-        torch.testing.assert_close(look(gates_of(run, images, empty), 17), without, atol=0, rtol=0)
+        without = look(gates_of(run.backbone, images, None), 17)
+        torch.testing.assert_close(look(gates_of(run.backbone, images, empty), 17), without, atol=0, rtol=0)
         torch.testing.assert_close(without.sum(-1), torch.ones(3))
         assert (look(gates, 17) - without).abs().max() > 1e-4
 
@@ -112,7 +112,7 @@ def test_maps_are_upright(runs):
         assert seen.argmax() == 3
     image = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
     image[:, :8, 24:] = 255  # the model's own first layer sees it in the same place
-    patches = open_run(runs["deep"], Options()).backbone.patch_embed(sample.normalise(image))
+    patches = open_run(runs["deep"], Options()).backbone.patch_embed(normalise(image))
     assert (patches - patches.median(1, keepdim=True).values).norm(dim=-1).argmax() == 3
 
 
