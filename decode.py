@@ -94,7 +94,8 @@ def search(
     logits = cache.logits
     live = list(range(len(prompts)))  # which prompt a row belongs to
     found = [[] for _ in prompts]  # finished texts with their worth, best first
-    text, scores = torch.zeros(len(prompts), 1, 0), torch.zeros(len(prompts), 1)
+    scores = torch.zeros(len(prompts), 1, device=logits.device)
+    text = scores.unsqueeze(-1)[..., :0].long()  # (B, 1, 0)
     for n in range(1, max_new + 1):
         logits = logits.float() if beams == 1 else F.log_softmax(logits.float(), -1)
         logits[..., list(banned)] = -torch.inf
