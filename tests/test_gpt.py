@@ -355,22 +355,23 @@ def test_a_gpt_held_in_bf16_writes_texts_that_fp32_finds_likely(beams, pair, pro
     held.hold_in_bf16()
 
     def log_p(texts):
-        return [
+        """The mean over all texts of what `model` gives them."""
+        rows = [
             model(torch.tensor([p + t]), prefix)[0, len(p) - 1 : -1].log_softmax(-1)[range(len(t)), t].sum().item()
             for p, t in zip(prompts, texts, strict=True)
         ]
+        return sum(rows) / len(rows)
 
     exact, rough = (m.generate(prompts, prefix, beams, max_new=8, eos=-1) for m in (model, held))
-    best, close = log_p(exact), log_p(rough)
-    assert max(a - b for a, b in zip(best, close, strict=True)) < 1
-    assert max(a - b for a, b in zip(best, log_p(exact[1:] + exact[:1]), strict=True)) > 5  # each other's texts
+    assert log_p(rough) == pytest.approx(log_p(exact), abs=0.2)
+    assert log_p(exact[1:] + exact[:1]) < log_p(exact) - 3  # each other's texts
 
 
-def test_torch_compile_finds_no_graph_break(pair):
-    _, model = pair
+def test_torch_compile_finds_no_graph_break():
+    model = same(random_gpt2(n_layer=2))
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
     for batch, count in ((2, 20), (3, 17)):
-        tokens, at, prefix = torch.randint(V, (batch, count)), torch.randint(count, (batch, 5)), some_prefix()
+        tokens, at, prefix = torch.randint(V, (batch, count)), torch.randint(count, (batch, 5)), some_prefix()[:2]
         torch.testing.assert_close(compiled(tokens, prefix, at), model(tokens, prefix, at))
 
 
