@@ -1,12 +1,11 @@
 """Decoding: greedy and beam search over one cache of keys and values, in which no beam is ever copied.
 
 Beam search keeps the `beams` likeliest beginnings of a text, lets each go on with every token, and keeps the best of
-that. The beginnings form a tree, whose trunk is the prompt:
-                                                      W = 3 beams, step 2, columns of the cache
-    prefix - prompt -+- a -+- d   beam 1              prefix  prompt   a b c   d e f
-                     |     '- e   beam 2     beam 1   1 1 1   1 1 1    1 0 0   1 0 0
-                     '- b ---- f   beam 3     beam 2   1 1 1   1 1 1    1 0 0   0 1 0
-                     '- c                    beam 3   1 1 1   1 1 1    0 1 0   0 0 1
+that. The beginnings form a tree whose trunk is the prompt. Three beams after two steps, and the columns of the cache:
+    prefix - prompt -+- a -+- d  beam 1               prefix  prompt  a b c  d e f
+                     |     '- e  beam 2      beam 1   1 1 1   1 1 1   1 0 0  1 0 0
+                     +- b --- f  beam 3      beam 2   1 1 1   1 1 1   1 0 0  0 1 0
+                     '- c  (given up)        beam 3   1 1 1   1 1 1   0 1 0  0 0 1
 So the keys and values of a node are written once and stay where they are; a beam is a row of the mask on the right, and
 to choose other beams is to choose other rows. Prefix and prompt are there once for all beams, and the beams of a text
 are the queries of one attention product. Prompts of different length are padded at the right, and the mask hides that.
@@ -29,7 +28,7 @@ class Cache:
 
     def __init__(self, model: nn.Module, prompts: list[list[int]], prefix: Tensor | None, room: int):
         device = model.wpe.device
-        tokens = pad_sequence([torch.tensor(prompt, device=device) for prompt in prompts], batch_first=True)  # (B, T)
+        tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)  # (B, T)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
         self.model, kv = model, []
         self.logits = model(tokens, prefix, at=lengths[:, None] - 1, kv=kv)  # (B, 1, V)
@@ -94,7 +93,8 @@ def search(
     logits = cache.logits
     live = list(range(len(prompts)))  # which prompt a row belongs to
     found = [[] for _ in prompts]  # finished texts with their worth, best first
-    text, scores = torch.zeros(len(prompts), 1, 0, dtype=torch.long), torch.zeros(len(prompts), 1)
+    scores = torch.zeros(len(prompts), 1, device=logits.device)
+    text = scores.unsqueeze(-1)[..., :0].long()  # (B, 1, 0)
     for n in range(1, max_new + 1):
         logits = logits.float() if beams == 1 else F.log_softmax(logits.float(), -1)
         logits[..., list(banned)] = -torch.inf

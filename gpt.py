@@ -16,6 +16,7 @@ Sources: Radford et al. 2019 (GPT-2); Li & Liang, ACL 2021 (arXiv 2101.00190) fo
 """
 
 import json
+from contextlib import nullcontext
 from itertools import zip_longest
 from pathlib import Path
 
@@ -203,12 +204,27 @@ class GPT(nn.Module):
         """The tokens that follow each prompt, without eos: greedily, or the best text that `beams` beams found.
 
         length_penalty: a finished text of n tokens is worth log p / n**length_penalty; above 0 favours long ones.
-        banned: tokens that are never written. ValueError if the longest text would not fit the context.
+        banned: tokens that are never written. ValueError if a prompt is empty, or its text would not fit the context.
         """
-        return decode.search(self, prompts, prefix, beams, max_new, length_penalty, eos, banned)
+        longest = max(map(len, prompts)) + (0 if prefix is None else prefix.shape[-2]) + max_new - 1
+        if not all(prompts):
+            raise ValueError("a prompt is empty; a text needs a token to start from")
+        if longest > self.context:
+            raise ValueError(f"prefix, prompt and {max_new} new tokens need {longest} positions of {self.context}")
+        device, held = self.wpe.device.type, self.wte.weight.dtype == torch.bfloat16
+        with torch.autocast(device, torch.bfloat16) if held else nullcontext():
+            return decode.search(self, prompts, prefix, beams, max_new, length_penalty, eos, banned)
 
+    @torch.no_grad()
     def hold_in_bf16(self) -> None:
-        """Cast the matrices for good, for a frozen GPT: no fp32 copy is cast in every step. Norms, wpe stay fp32."""
+        """Cast the matrices for good, for a frozen GPT: no fp32 copy is cast in every step. Norms, wpe stay fp32.
+
+        GPT-2's logits lie near -100, where bf16 knows halves only. They share that: the mean vector of wte puts it on
+        all of them, and softmax takes it off again. So it moves to wpe, which leaves every sum wte + wpe as it was.
+        """
+        mean = self.wte.weight.mean(0)  # (D,)
+        self.wte.weight -= mean
+        self.wpe += mean
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 module.to(torch.bfloat16)
