@@ -141,6 +141,11 @@ class Text:
                 yield ready
             yield coming.result()
 
+    def longest(self, splits: Iterable[str]) -> int:
+        """The most tokens of an example in these splits, and of a prompt with what may be written after it."""
+        tokens = [row for split in splits for row in self.tokens(split)]
+        return max(len(s) + max(self.template.longest, *map(len, targets)) - 1 for s, targets in tokens)
+
     @property
     def facts(self) -> dict:
         """What a trained model must know of its data to be used without them."""

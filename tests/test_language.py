@@ -185,6 +185,15 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(words, sentence, config, ca
     assert sentence in error
 
 
+def test_a_task_with_a_text_that_is_too_long_is_refused_before_it_is_trained(config, tmp_path, capsys):
+    path = Path(config.task)
+    path.write_text(path.read_text() + json.dumps({"source": "x" * 200, "target": "It is long."}) + "\n")
+    words = [f"--task={path}", f"--backbone={config.backbone}", f"--out={config.out}", "--length=4"]
+    assert main(words) == 2
+    assert "needs up to 306 positions of 256" in capsys.readouterr().err  # 4 + 202 + eot + 100 - 1
+    assert not Path(config.out).exists()
+
+
 def test_a_source_that_is_too_long_and_a_missing_source_are_one_sentence(config, capsys, tmp_path):
     train(config, load_backbone(config), load(config.task, reads="bytes"))
     capsys.readouterr()
