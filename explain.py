@@ -113,7 +113,7 @@ def effective_rank(vectors: Tensor) -> float:
 
 
 def experts_picture(runs: list[tuple[str, Tensor]]) -> Figure:
-    """A row per run (name, experts (depth, 2, H, L, Dh)): cosines of all keys and values, and the rank of each layer."""
+    """A row per run (name, experts (depth, 2, H, L, Dh)): cosines of all keys and values, and each layer's rank."""
     figure = Figure(figsize=(15, 3.8 * len(runs)), layout="constrained")
     for (*cells, last), (name, experts) in zip(figure.subplots(len(runs), 4, squeeze=False), runs, strict=True):
         keys, values = experts.float().cpu().transpose(2, 3).flatten(3).unbind(1)  # 2 x (depth, L, D)

@@ -141,10 +141,15 @@ class Text:
                 yield ready
             yield coming.result()
 
-    def longest(self, splits: Iterable[str]) -> int:
-        """The most tokens of an example in these splits, and of a prompt with what may be written after it."""
-        tokens = [row for split in splits for row in self.tokens(split)]
-        return max(len(s) + max(self.template.longest, *map(len, targets)) - 1 for s, targets in tokens)
+    def must_fit(self, room: int, splits: Iterable[str]) -> None:
+        """UsageError if an example, or a prompt with all that may be written after it, has more than `room` tokens."""
+        for split in splits:
+            for (source, targets), pair in zip(self.tokens(split), self.splits[split], strict=True):
+                longest = len(source) + max(self.template.longest, *map(len, targets)) - 1
+                if longest > room:
+                    raise UsageError(
+                        f"a text of {self.task} needs {longest} of {room} positions; shorten '{pair.source[:40]}...'"
+                    )
 
     @property
     def facts(self) -> dict:

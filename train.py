@@ -276,7 +276,8 @@ def train(config: Config, backbone: ViT | GPT, data: Dataset | Text, stop: int |
     model = Tuned(config, backbone, len(data.classes)).to(config.device)
     optimizer = make_optimizer(config, model)
     if data.text:
-        check_length(config, backbone, data)
+        room = backbone.context - (config.length if config.tune == "prefix" else 0)
+        data.must_fit(room, {training_split(config, data), "val", "test" if config.final else "val"})
     facts = {"config": asdict(config), "fingerprint": backbone.fingerprint} | data.facts
     out, history = Path(config.out), checkpoint.resume(Path(config.out), facts["config"], model, optimizer)
     if data.listing is not None:  # a split made here, to be repeated
@@ -292,14 +293,6 @@ def train(config: Config, backbone: ViT | GPT, data: Dataset | Text, stop: int |
         title = f"{config.task}, {method(config)}: {summary(history)}" if config.final else ""  # 40 curves are too many
         checkpoint.save(out, facts, model, optimizer, history, title)
     return Result(history[-1].get("status", "running"), history[-1], history, model, out)
-
-
-def check_length(config: Config, backbone: GPT, data: Text) -> None:
-    """UsageError if a text, with the prefix before it, would not fit the backbone's positions."""
-    splits = (training_split(config, data), "val", *(("test",) if config.final else ()))
-    need = data.longest(splits) + (config.length if config.tune == "prefix" else 0)
-    if need > backbone.context:
-        raise UsageError(f"{config.task} needs up to {need} positions of {backbone.context}; shorten its texts")
 
 
 def judge(config: Config, model: Tuned, backbone: ViT | GPT, data: Dataset | Text) -> dict[str, float]:

@@ -190,7 +190,7 @@ def test_a_task_with_a_text_that_is_too_long_is_refused_before_it_is_trained(con
     path.write_text(path.read_text() + json.dumps({"source": "x" * 200, "target": "It is long."}) + "\n")
     words = [f"--task={path}", f"--backbone={config.backbone}", f"--out={config.out}", "--length=4"]
     assert main(words) == 2
-    assert "needs up to 306 positions of 256" in capsys.readouterr().err  # 4 + 202 + eot + 100 - 1
+    assert "needs 302 of 252 positions; shorten 'xxxx" in capsys.readouterr().err  # 200, two spaces, bos, 100 - 1
     assert not Path(config.out).exists()
 
 
