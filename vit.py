@@ -36,7 +36,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, gates: l
     mask (Nq, L + N), or with B and 1 before that: True where a query may choose an expert.
     gates: a list that is given the softmax (B, H, Nq, L + N), for those who want to see it.
     """
-    scores = q @ k.mT * q.shape[-1] ** -0.5  # (B, H, Nq, L + N)
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, Nq, L + N)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     gate = scores.softmax(-1)  # (B, H, Nq, L + N): sums to 1 over the experts
