@@ -12,7 +12,8 @@ import contextlib
 import hashlib
 import mmap
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -208,13 +209,19 @@ class Dataset:
             made = gather(chosen, self.size, rng if self.augment else None)
             return tuple(t.pin_memory() for t in made) if pin else made
 
-        with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(make, 0)
-            for start in range(batch, len(images) + batch, batch):
-                ready = coming.result()
-                if start < len(images):
-                    coming = pool.submit(make, start)
-                yield ready
+        yield from ahead(make, range(0, len(images), batch))
+
+
+def ahead(make: Callable, items: Iterable) -> Iterator:
+    """make(item) for every item, the next one in a thread while the caller uses this one."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = deque()
+        for item in items:
+            coming.append(pool.submit(make, item))
+            if len(coming) == 2:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 def gather(images: list[tuple[Split, int]], size: int, rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,6 @@ Source: Li & Liang, ACL 2021 (Prefix-tuning), whose templates, label masks and l
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 
@@ -27,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from download import UsageError
+from pixels import ahead
 
 EOT = "<|endoftext|>"
 VOCABULARY = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"  # whence tiktoken has GPT-2's
@@ -134,12 +134,7 @@ class Text:
             made = gather([examples[i] for i in rows])
             return tuple(t.pin_memory() for t in made) if pin else made
 
-        with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(make, chosen[0])
-            for rows in chosen[1:]:
-                ready, coming = coming.result(), pool.submit(make, rows)
-                yield ready
-            yield coming.result()
+        yield from ahead(make, chosen)
 
     def must_fit(self, room: int, splits: Iterable[str]) -> None:
         """UsageError if an example, or a prompt with all that may be written after it, has more than `room` tokens."""
