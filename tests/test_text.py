@@ -18,6 +18,7 @@ from local_server import serve
 from pyarrow import parquet
 
 import download
+import restaurants
 import text
 from download import UsageError
 from text import TEXT_TASKS, Pair, Template, Text, encoding
