@@ -219,8 +219,8 @@ class GPT(nn.Module):
     def hold_in_bf16(self) -> None:
         """Cast the matrices for good, for a frozen GPT: no fp32 copy is cast in every step. Norms, wpe stay fp32.
 
-        GPT-2's logits lie near -100, where bf16 knows halves only. They share that: the mean vector of wte puts it on
-        all of them, and softmax takes it off again. So it moves to wpe, which leaves every sum wte + wpe as it was.
+        The real GPT-2's logits lie between -30 and -120, where bf16 knows quarters and halves only. What they have in
+        common is the mean of wte; softmax does not see it. So wte gives it to wpe, and wte + wpe stays as it was.
         """
         mean = self.wte.weight.mean(0)  # (D,)
         self.wte.weight -= mean
