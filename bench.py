@@ -4,39 +4,35 @@
     python bench.py vit gpt             some of them
     python bench.py --json FILE         the same figures for a program
 
-Candidates take turns and the best round of each counts, so that a busy machine disturbs all alike: read the ratios.
+How it is measured: measure.py. Read the ratios; a time depends on the machine and on what else it does.
 """
 
 import json
-import multiprocessing
 import os
 import platform
-import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import peers
 import sweep
 from data import TASKS, Dataset, UsageError, load, normalise, write
+from measure import DEVICE, PEAKS, Figures, flops, kept_for_backward, matrix_rate, peak_memory, rate, table, timed
+from measure import types as number_types
 from options import Config, Parser, resolve
 from pixels import Split
 from train import Tuned, image_loss, make_optimizer, text_loss, use_bf16
-from vit import ViT
+from vit import ViT, attend_fused
 
 BATCH, LENGTH, CLASSES = 8, 10, 200  # of rows `vit`; on CUDA the protocol's batch of 64
-PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s, from NVIDIA's data sheets
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def images(batch: int) -> tuple[Tensor, Tensor]:
@@ -46,27 +42,21 @@ def images(batch: int) -> tuple[Tensor, Tensor]:
     return pixels.to(DEVICE), torch.randint(CLASSES, (batch,), generator=made).to(DEVICE)
 
 
-def peer_model() -> peers.Peer:
-    torch.manual_seed(0)
-    return peers.Peer(LENGTH, CLASSES).to(DEVICE)
-
-
-def our_model(dtype: str, peer: peers.Peer | None = None, length: int = LENGTH) -> tuple[Config, Tuned, ViT]:
+def our_model(dtype: str, length: int = LENGTH, peer: peers.Peer | None = None) -> tuple[Config, Tuned, ViT]:
     """This repository's Deep-share on ViT-B/16; with `peer`: with that one's weights."""
     config = resolve(Config(task="cub", share="deep", length=length, dtype=dtype, lr=1e-3, wd=0.0))
     vit = ViT().to(DEVICE).requires_grad_(False)
-    if peer is not None:
-        vit.load_state_dict(peer.vit.state_dict())
-    if dtype == "bf16":
-        vit.hold_in_bf16()
     model = Tuned(config, vit, CLASSES).to(DEVICE)
     if peer is not None:
-        model.head.load_state_dict(peer.head.state_dict())
-        model.prefix.p.data = torch.stack(list(peer.p)).detach()  # (G, L, D)
-        for ours, i in ((model.prefix.map[0], 0), (model.prefix.map[2], 2)):
-            ours.weight.data = torch.stack([made[i].weight.T for made in peer.map]).detach()  # (G, in, out)
-            ours.bias.data = torch.stack([made[i].bias[None] for made in peer.map]).detach()
+        peer.give_weights(model, vit)
+    if dtype == "bf16":
+        vit.hold_in_bf16()
     return config, model, vit
+
+
+def peer_model() -> peers.Peer:
+    torch.manual_seed(0)
+    return peers.Peer(LENGTH, CLASSES).to(DEVICE)
 
 
 def our_step(config: Config, model: Tuned, vit: ViT, batch: int = BATCH, compiled: bool = False) -> Callable[[], None]:
@@ -82,99 +72,23 @@ def our_step(config: Config, model: Tuned, vit: ViT, batch: int = BATCH, compile
     return step
 
 
-def peer_step(peer: nn.Module, batch: int = BATCH) -> Callable[[], None]:
-    pixels, labels = images(batch)
-    optimizer = torch.optim.SGD([p for p in peer.train().parameters() if p.requires_grad], lr=1e-6, momentum=0.9)
-
-    def step() -> None:
-        F.cross_entropy(peer(pixels), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def timed(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of each candidate: the best of `rounds`, in which they take turns, after one round to warm up."""
-    best = dict.fromkeys(candidates, float("inf"))
-    for turn in range(rounds + 1):
-        for name, run in candidates.items():
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            if turn:
-                best[name] = min(best[name], time.perf_counter() - start)
-    return best
-
-
-def flops(run: Callable[[], object]) -> float:
-    """Operations of the matrix products; attention is made of countable ones for this."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        run()
-    return counter.get_total_flops()
-
-
-def matrix_rate(dtype: torch.dtype, rounds: int) -> float:
-    """The best FLOP/s of a matrix product on this machine, over shapes such as a ViT-B's and a GPT-2's."""
-    rates = []
-    for n, k, m in ((1576, 768, 3072), (1576, 3072, 768), (1280, 768, 2304), (4096, 4096, 4096)):
-        x, w = torch.randn(n, k, dtype=dtype, device=DEVICE), torch.randn(m, k, dtype=dtype, device=DEVICE)
-        rates.append(2 * n * k * m / timed({"": lambda x=x, w=w: F.linear(x, w)}, 3 * rounds)[""])
-    return max(rates)
-
-
-def in_a_process(name: str, queue: multiprocessing.Queue) -> None:
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step = peer_step(peer_model()) if name == "peer" else our_step(*our_model(name))
-    for _ in range(2):
-        step()
-    peak = torch.cuda.max_memory_allocated() / 1024 if DEVICE == "cuda" else 0
-    queue.put(peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-
-
-def peak_memory(name: str) -> float:
-    """MB that model and two training steps add to a new process; on CUDA, of the GPU's memory."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=in_a_process, args=(name, queue))
-    process.start()
-    made = queue.get()
-    process.join()
-    return made / 1024
-
-
-Figures = dict[str, float]
-
-
-def table(title: str, seconds: dict[str, float], against: str, per: float, unit: str) -> Figures:
-    """Print seconds, rate and ratio of every candidate."""
-    print(f"\n{title}")
-    for name, s in seconds.items():
-        print(f"  {name:<34}{s:>9.3f} s {per / s:>10.2f} {unit}/s   ratio {s / seconds[against]:.3f}")
-    ratios = {f"{title}: {name} / {against}": s / seconds[against] for name, s in seconds.items()}
-    return ratios | {f"{title}: {name}, seconds": s for name, s in seconds.items()}
-
-
-def types() -> list[str]:
-    """fp32, and bf16 where the machine has units for it."""
-    return ["fp32"] + ["bf16"] * (DEVICE == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False))
+def make_step(name: str) -> Callable[[], None]:
+    return peers.step(peer_model(), *images(BATCH)) if name == "peer" else our_step(*our_model(name))
 
 
 def row_vit(rounds: int, compiled: bool) -> Figures:
     """Rows 1 to 3 and 7: training step, evaluation, full fine-tuning; FLOPs, memory, and the share of the machine's."""
     peer = peer_model()
-    ours = {dtype: our_model(dtype, peer) for dtype in types()}
+    ours = {dtype: our_model(dtype, peer=peer) for dtype in number_types()}
     pixels, labels = images(BATCH)
-    check_equal(peer, *ours["fp32"], pixels, labels)
-    steps = {"peer fp32": peer_step(peer)} | {f"ours {t}": our_step(*model) for t, model in ours.items()}
+    peer.check_equal(*ours["fp32"][1:], pixels, labels)
+    steps = {"peer fp32": peers.step(peer, pixels, labels)} | {
+        f"ours {t}": our_step(*model) for t, model in ours.items()
+    }
     if compiled:
-        steps |= {f"ours {t}, compiled": our_step(*our_model(t, peer), compiled=True) for t in ours}
+        steps |= {f"ours {t}, compiled": our_step(*our_model(t, peer=peer), compiled=True) for t in ours}
     whole = timm.create_model("vit_base_patch16_224", num_classes=CLASSES).to(DEVICE)
-    times = timed(steps | {"full fine-tuning (timm), fp32": peer_step(whole)}, rounds)
+    times = timed(steps | {"full fine-tuning (timm), fp32": peers.step(whole, pixels, labels)}, rounds)
     made = table(f"training step, ViT-B/16, Deep-share, batch {BATCH}", times, "peer fp32", BATCH, "img")
     made |= count_and_compare(steps, times, rounds)
 
@@ -188,25 +102,12 @@ def row_vit(rounds: int, compiled: bool) -> Figures:
         return made | table(f"evaluation, batch {BATCH}", timed(runs, rounds), "peer fp32", BATCH, "img")
 
 
-def check_equal(peer: nn.Module, config: Config, model: Tuned, vit: ViT, pixels: Tensor, labels: Tensor) -> None:
-    """Both compute the same loss and gradients, or there is nothing to compare. AssertionError if not."""
-    theirs = F.cross_entropy(peer.eval()(pixels), labels)
-    theirs.backward()
-    loss, _ = image_loss(model.eval(), vit, False, pixels, labels)
-    loss.backward()
-    torch.testing.assert_close(loss, theirs, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(model.prefix.p.grad, torch.stack([p.grad for p in peer.p]), atol=1e-5, rtol=1e-3)
-    torch.testing.assert_close(model.head.weight.grad, peer.head.weight.grad, atol=1e-4, rtol=1e-3)
-    for module in (peer, model):
-        module.zero_grad()
-
-
 def count_and_compare(steps: dict[str, Callable], times: dict[str, float], rounds: int) -> Figures:
     """FLOPs counted, the share of the machine's best matrix rate that they reach, and peak memory."""
     counted = {"peer": flops(steps["peer fp32"]), "ours": flops(steps["ours fp32"])}
     made = {"FLOPs, ours / peer": counted["ours"] / counted["peer"]}
     print("  counted: " + ", ".join(f"{name} {n / BATCH / 1e9:.1f} GFLOP per image" for name, n in counted.items()))
-    for dtype in types():
+    for dtype in number_types():
         rate = matrix_rate(getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[dtype]), rounds)
         best = min(s for name, s in times.items() if name.startswith(f"ours {dtype}"))
         made[f"share of the best matrix rate, {dtype}"] = counted["ours"] / best / rate
@@ -217,18 +118,34 @@ def count_and_compare(steps: dict[str, Callable], times: dict[str, float], round
             if DEVICE == "cuda" and card in torch.cuda.get_device_name() and dtype == "bf16":
                 made["MFU, bf16"] = counted["ours"] / best / peak
                 print(f"  MFU {100 * made['MFU, bf16']:.1f} % of {card}'s {peak / 1e12:.0f} TFLOP/s")
-    memory = {name: peak_memory(name) for name in ("peer", *types())}
+    memory = {name: peak_memory(make_step, name) for name in ("peer", *number_types())}
     print("  peak memory: " + ", ".join(f"{name} {mb:,.0f} MB" for name, mb in memory.items()))
     return made | {f"peak memory, {name} / peer": mb / memory["peer"] for name, mb in memory.items()}
 
 
+def row_memory(rounds: int, compiled: bool) -> Figures:
+    """What autograd keeps of a forward pass in bf16 with the fused kernel, hence a GPU's memory by batch size."""
+    made = {}
+    for length in (10, 200):
+        _, model, vit = our_model("bf16", length)
+        parameters = [*model.parameters(), *vit.parameters()]
+        with patch("vit.mix", lambda q, k, v, gates: attend_fused(q, k, v)):
+            kept = kept_for_backward(lambda m=model, v=vit: image_loss(m.train(), v, True, *images(4)), parameters)
+        image = kept / 4 / 1e6
+        fixed = (sum(p.nbytes for p in parameters) + 8 * sum(p.numel() for p in model.parameters())) / 1e6
+        sizes = ", ".join(f"batch {b} {(fixed + b * image) / 1e3:.1f} GB" for b in (64, 128, 256))
+        print(f"\nmemory in bf16, L {length}: {image:.0f} MB an image, {fixed:.0f} MB of weights and momenta; {sizes}")
+        made[f"MB kept per image, bf16, L {length}"] = image
+    return made
+
+
 def row_scaling(rounds: int, compiled: bool) -> Figures:
     """Time per image-step over batch sizes, prefix lengths and numbers of cached images."""
-    dtype, made = types()[-1], {}
+    dtype, made = number_types()[-1], {}
     steps = {f"batch {b}": our_step(*our_model(dtype), batch=b) for b in (8, 16, 32, 64)}
     times = {name: s / int(name.split()[1]) for name, s in timed(steps, rounds).items()}
     made |= table(f"an image-step, {dtype}", times, "batch 8", 1, "img")
-    steps = {f"L {n}": our_step(*our_model(dtype, length=n)) for n in (10, 50, 100, 200)}
+    steps = {f"L {n}": our_step(*our_model(dtype, n)) for n in (10, 50, 100, 200)}
     made |= table(f"training step, batch {BATCH}, {dtype}", timed(steps, rounds), "L 10", BATCH, "img")
 
     def epoch(count: int) -> Callable[[], None]:
@@ -244,18 +161,6 @@ def row_scaling(rounds: int, compiled: bool) -> Figures:
 
     counts = {f"{n:,} images": epoch(n) for n in (1_000, 10_000, 50_000)}
     return made | table("16 batches of 64 out of", timed(counts, 3 * rounds), "1,000 images", 1024, "img")
-
-
-def rate(epochs: Iterable[Iterable], seconds: float) -> float:
-    """Batches per second; the first batch, which starts things, is not timed."""
-    count, start = 0, None
-    for epoch in epochs:
-        for _ in epoch:
-            start = start or time.perf_counter()
-            count += 1
-            if (passed := time.perf_counter() - start) > seconds:
-                return (count - 1) / passed
-    return 0.0
 
 
 def row_data(rounds: int, compiled: bool) -> Figures:
@@ -308,7 +213,7 @@ def row_gpt(rounds: int, compiled: bool) -> Figures:
         return run
 
     steps = {"transformers + peft fp32": peers.peft_step(tuned, tokens, source), "ours fp32": step(ours, False)}
-    steps |= {"ours bf16": step(held, True)} if "bf16" in types() else {}
+    steps |= {"ours bf16": step(held, True)} if "bf16" in number_types() else {}
     times = timed(steps, rounds)
     figures = table("training step, GPT-2 124M, 10 x (64 + 64) tokens", times, "transformers + peft fp32", 10, "texts")
     count = flops(steps["ours fp32"])
@@ -328,7 +233,7 @@ def row_experiment(figures: Figures) -> Figures:
     The peer also evaluates val and test after every epoch and decodes every image each time, as the official code does.
     """
     train, val, test = TASKS["cub"].sizes.values()
-    dtype, step = types()[-1], f"training step, ViT-B/16, Deep-share, batch {BATCH}"
+    dtype, step = number_types()[-1], f"training step, ViT-B/16, Deep-share, batch {BATCH}"
     tests = f"evaluation, batch {BATCH}"
     ours, theirs = (
         [figures[f"{title}: {name}, seconds"] / BATCH for title in (step, tests)]
@@ -344,7 +249,14 @@ def row_experiment(figures: Figures) -> Figures:
     return {f"cub, hours: {name}": value for name, value in hours.items()}
 
 
-ROWS = {"vit": row_vit, "data": row_data, "scaling": row_scaling, "grid": row_grid, "gpt": row_gpt}
+ROWS = {
+    "vit": row_vit,
+    "memory": row_memory,
+    "data": row_data,
+    "scaling": row_scaling,
+    "grid": row_grid,
+    "gpt": row_gpt,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,6 +21,8 @@ from torchvision.datasets import ImageFolder
 from data import UsageError, normalise
 from gpt import GPT, converted
 from pixels import IMAGENET_MEAN, IMAGENET_STD
+from train import Tuned, image_loss
+from vit import ViT
 
 
 class Peer(nn.Module):
@@ -53,6 +55,41 @@ class Peer(nn.Module):
             x = x + self.attention(block.attn, block.norm1(x), *prefix)
             x = x + block.mlp(block.norm2(x))
         return self.head(vit.norm(x)[:, 0])
+
+    @torch.no_grad()
+    def give_weights(self, model: Tuned, vit: ViT) -> None:
+        """Our model with the same weights as this one."""
+        vit.load_state_dict(self.vit.state_dict())
+        model.head.load_state_dict(self.head.state_dict())
+        model.prefix.p.copy_(torch.stack(list(self.p)))  # (G, L, D)
+        for i in (0, 2):
+            model.prefix.map[i].weight.copy_(torch.stack([made[i].weight.T for made in self.map]))  # (G, in, out)
+            model.prefix.map[i].bias.copy_(torch.stack([made[i].bias[None] for made in self.map]))
+
+    def check_equal(self, model: Tuned, vit: ViT, pixels: Tensor, labels: Tensor) -> None:
+        """Ours computes the same loss and gradients, or there is nothing to compare. AssertionError if not."""
+        theirs = F.cross_entropy(self.eval()(pixels), labels)
+        loss, _ = image_loss(model.eval(), vit, False, pixels, labels)
+        theirs.backward()
+        loss.backward()
+        torch.testing.assert_close(loss, theirs, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model.prefix.p.grad, torch.stack([p.grad for p in self.p]), atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(model.head.weight.grad, self.head.weight.grad, atol=1e-4, rtol=1e-3)
+        for module in (self, model):
+            module.zero_grad()
+
+
+def step(model: nn.Module, pixels: Tensor, labels: Tensor) -> Callable[[], None]:
+    """A training step of a classifier that normalises its images itself, or of one of timm's."""
+    optimizer = torch.optim.SGD([p for p in model.train().parameters() if p.requires_grad], lr=1e-6, momentum=0.9)
+    inputs = pixels if isinstance(model, Peer) else normalise(pixels)
+
+    def run() -> None:
+        F.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
 
 
 def photographs(folder: Path, count: int) -> float:

@@ -1,6 +1,7 @@
 """bench.py measures the same work on both sides; and what must hold for a GPU, as far as a CPU can tell."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bench
 import peers
 import vit
-from bench import check_equal, main, timed
+from bench import main
 from data import load
 from gpt import GPT
+from measure import timed
 from options import Config, resolve
 from prefix import SHARE
 from train import Tuned, image_loss, make_optimizer, text_loss, train
@@ -116,16 +118,16 @@ def test_the_peer_computes_the_same_loss_and_gradients_and_a_difference_is_notic
     monkeypatch.setattr(peers.timm, "create_model", lambda name, **rest: create(name, **rest | sizes))
     peer = bench.peer_model()
     pixels, labels = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8), torch.arange(4)
-    check_equal(peer, *bench.our_model("fp32", peer), pixels, labels)
-    ours = bench.our_model("fp32", peer)
-    ours[1].prefix.p.data[0] += 0.1
+    peer.check_equal(*bench.our_model("fp32", peer=peer)[1:], pixels, labels)
+    _, *ours = bench.our_model("fp32", peer=peer)
+    ours[0].prefix.p.data[0] += 0.1
     with pytest.raises(AssertionError):
-        check_equal(peer, *ours, pixels, labels)
+        peer.check_equal(*ours, pixels, labels)
 
 
 def test_candidates_take_turns_and_the_best_round_counts():
     turns, naps = [], iter([0.03, 0.02, 0.04])
-    times = timed({"a": lambda: turns.append("a"), "b": lambda: (turns.append("b"), bench.time.sleep(next(naps)))}, 2)
+    times = timed({"a": lambda: turns.append("a"), "b": lambda: (turns.append("b"), time.sleep(next(naps)))}, 2)
     assert "".join(turns) == "ababab"
     assert 0.02 <= times["b"] < 0.03  # the first round, 0.03 s, only warms up
 
