@@ -5,9 +5,9 @@ Candidates take turns and the best round of each counts, so that a busy machine 
 
 import multiprocessing
 import os
-import resource
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -81,14 +81,19 @@ def peak_memory(make: Callable[..., Callable], *args) -> float:
     return made / 1024
 
 
+def most_resident() -> int:
+    """kB of memory that this process has had at most; its parent's do not count, as they do in getrusage's ru_maxrss."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1])
+
+
 def _peak(queue: multiprocessing.Queue, make: Callable[..., Callable], *args) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB
+    before = most_resident()
     run = make(*args)
     for _ in range(2):
         run()
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    queue.put(torch.cuda.max_memory_allocated() / 1024 if DEVICE == "cuda" else used)
+    queue.put(torch.cuda.max_memory_allocated() / 1024 if DEVICE == "cuda" else most_resident() - before)
 
 
 def kept_for_backward(run: Callable[[], object], parameters: Iterable[Tensor]) -> int:
