@@ -82,7 +82,7 @@ def peak_memory(make: Callable[..., Callable], *args) -> float:
 
 
 def most_resident() -> int:
-    """kB of memory that this process has had at most; its parent's do not count, as they do in getrusage's ru_maxrss."""
+    """kB of memory that this process has had at most; its parent's do not count, as they do in ru_maxrss."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1])
 

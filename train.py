@@ -31,7 +31,7 @@ from tqdm import tqdm
 import checkpoint
 from data import Dataset, Text, UsageError, find, load, normalise, write
 from gpt import GPT
-from options import Config, method, parser, resolve
+from options import Config, method, parser, prepare_process, resolve
 from prefix import Prefix
 from scores import score
 from vit import ViT
@@ -315,7 +315,7 @@ def summary(history: list[dict]) -> str:
 def run(config: Config) -> int:
     """One run from the command line; its exit code: 0 done, 3 diverged."""
     config = resolve(config)
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32 on CUDA; a CPU has none
+    prepare_process()
     backbone = load_backbone(config)
     data = load(config.task, config.data_dir, backbone.reads)
     length = f"L {config.length}, " if config.tune == "prefix" else ""

@@ -14,7 +14,7 @@ import torch
 
 import checkpoint
 from data import UsageError, load
-from options import Config
+from options import Config, prepare_process
 from train import evaluate, load_backbone, train, training_split
 
 
@@ -28,7 +28,7 @@ class Worker:
 
     def __init__(self, threads: int):
         torch.set_num_threads(threads)  # the order of a sum, and so its last bit, depends on it
-        torch.set_float32_matmul_precision("high")
+        prepare_process()
         self.kept = {}
 
     def keep(self, what: str, key: tuple, make: Callable):
