@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+import restaurants
 import sample
 from data import load
 from explain import gates_of
 from gpt import GPT
 from options import Config, resolve
+from text import Pair, Template, Text, encoding
 from train import Tuned, evaluate, learning_rate, load_backbone, main, make_optimizer, text_loss, train
 
 SOURCES = ["name : Zizzi | food : Thai", "name : Aromi | area : river", "name : Café É", "near : Bibimbap"]
@@ -208,3 +211,25 @@ def test_a_source_that_is_too_long_and_a_missing_source_are_one_sentence(config,
         assert error.startswith("error: ")
         assert error.count("\n") == 1
         assert sentence in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("share", "lr"), [("deep", 0.004), ("none", 0.05)])
+def test_a_prefix_alone_makes_the_shipped_gpt_repeat_32_texts_exactly(share, lr, tmp_path):
+    rng, foods = random.Random(1), ("Italian", "Indian", "Thai", "French")
+    names = sorted({restaurants.name(rng) for _ in range(60)})[:32]
+    rows = [
+        {"source": f"restaurant : {name} | food : {foods[i % 4]}", "target": f"{name} serves {foods[i % 4]} food."}
+        for i, name in enumerate(names)
+    ]
+    assert len(rows) == 32
+    pairs = [Pair(row["source"], [row["target"]]) for row in rows]
+    data = Text("32 texts", encoding("bytes"), Template(longest=40), {"train": pairs, "val": pairs[:2], "test": pairs})
+    words = {"share": share, "lr": lr, "length": 10, "epochs": 100, "batch": 16, "beams": 1, "device": "cpu"}
+    config = resolve(Config(task="restaurants", out=str(tmp_path), **words))
+    gpt = load_backbone(config)
+    result = train(config, gpt, data)
+    written = [json.loads(line) for line in (tmp_path / "generated.jsonl").read_text().splitlines()]
+    assert {row["source"]: row["output"] for row in written} == {row["source"]: row["target"] for row in rows}
+    assert result.history[0]["loss"] > 0.5  # it could not before
+    assert all(parameter.grad is None for parameter in gpt.parameters())
