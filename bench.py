@@ -30,6 +30,7 @@ from measure import types as number_types
 from options import Config, Parser, prepare_process, resolve
 from pixels import Split
 from train import Tuned, image_loss, make_optimizer, text_loss, use_bf16
+from usage import exit_code
 from vit import ViT, attend_fused
 
 BATCH, LENGTH, CLASSES = 8, 10, 200  # of rows `vit`; on CUDA the protocol's batch of 64
@@ -255,35 +256,32 @@ ROWS = {
 }
 
 
+def run(rows: list[str], rounds: int, compiled: bool, path: Path | None) -> None:
+    if unknown := [row for row in rows if row not in ROWS]:
+        raise UsageError(f"no row '{unknown[0]}'; rows: {', '.join(ROWS)}")
+    if rounds < 1:
+        raise UsageError(f"--rounds is {rounds}; it must be positive")
+    if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UsageError(f"--json {path} cannot be a file; name one in a folder that exists")
+    card = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{platform.machine()}, {card}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    prepare_process()
+    figures = {}
+    for row in rows or ROWS:
+        figures |= ROWS[row](rounds, compiled)
+    if {"vit", "data"} <= set(rows or ROWS):
+        figures |= row_experiment(figures)
+    if path:
+        write(path, json.dumps(figures, indent=1).encode())
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("rows", nargs="*", metavar="row", help=f"some of {', '.join(ROWS)}; all of them by default")
     parser.add_argument("--rounds", type=int, default=3, help="how often candidates take turns (default: 3)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile too; takes minutes on a CPU")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    try:
-        options = parser.parse_args(argv)
-        if unknown := [row for row in options.rows if row not in ROWS]:
-            raise UsageError(f"no row '{unknown[0]}'; rows: {', '.join(ROWS)}")
-        if options.rounds < 1:
-            raise UsageError(f"--rounds is {options.rounds}; it must be positive")
-        card = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} threads"
-        print(f"{platform.machine()}, {card}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
-        prepare_process()
-        figures = {}
-        for row in options.rows or ROWS:
-            figures |= ROWS[row](options.rounds, options.compile)
-        if {"vit", "data"} <= set(options.rows or ROWS):
-            figures |= row_experiment(figures)
-        if options.json:
-            write(options.json, json.dumps(figures, indent=1).encode())
-    except (UsageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+    parser.add_argument("--compile", dest="compiled", action="store_true", help="torch.compile too; minutes on a CPU")
+    parser.add_argument("--json", dest="path", type=Path, help="also write the figures to this file")
+    return exit_code(lambda: run(**vars(parser.parse_args(argv))))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from download import UsageError, digest, fetch, obtain
+from download import UsageError, digest, fetch, obtain, verify
 from pixels import prepare_all
 
 SPLITS = ("train", "val", "test")
@@ -224,9 +224,12 @@ def load_vtab(task: str, classes: int, root: Path, size: int) -> dict:
     base = vtab_images(task, root)
     if base is None:
         raise UsageError(f"{root / 'vtab-1k'} lacks the task {task}: an early upload; delete it, and put another there")
-    files = {
-        name: vtab_list(base / f"{name}.txt", classes) for name in ("train800", "val200", "train800val200", "test")
-    }
+    files = {}
+    for name in ("train800", "val200", "train800val200", "test"):
+        files[name] = vtab_list(base / f"{name}.txt", classes)
+        record = root / "cache" / f"{task}-{name}.txt.sha256"  # no checksum was published: it stays as at first use
+        record.parent.mkdir(parents=True, exist_ok=True)
+        verify(base / f"{name}.txt", None, record)
     train, val, both, test = files.values()
     if sorted(label for _, label in train + val) != sorted(label for _, label in both):
         raise UsageError(f"{base}/train800val200.txt is not train800.txt and val200.txt together; get another archive")

@@ -8,25 +8,49 @@
     curve.png              loss, and accuracy or val loss, over the epochs of a final run
     generated.jsonl        of a text task: source, references and output
 
-Every file is written under another name and renamed, so it is whole or absent; `state.pt` is the only one that is read
-back in an unfinished run, so a kill at any moment costs at most the epoch it fell into.
+Every file is written under another name and renamed, so it is whole or absent. A run with a `state.pt` is not over, and
+goes on from that file alone: a kill at any moment costs at most the epoch it fell into. Of a run that is over, the
+weights are read, which know its metrics. Both have checksums: what a disk has changed is refused or mended, never used.
 """
 
-import hashlib
 import io
 import json
-import pickle
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
-from safetensors import SafetensorError, safe_open
-from safetensors import torch as safetensors
 from torch import nn
 
+import weights
 from data import UsageError, write
 
 UNSEEN = {"out", "data_dir", "device", "compile"}  # settings that may change while a run is under way
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Make a folder and keep other processes out of it. The system lets go if this one is killed."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(f"another process is at work in {folder}; wait for it, or choose another --out") from None
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be used ({error.strerror}); choose another --out") from error
+    try:
+        yield
+    finally:
+        (folder / ".lock").unlink(missing_ok=True)
+        lock.release()
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()  # if nothing has come into it
 
 
 def resume(out: Path, settings: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
@@ -34,46 +58,60 @@ def resume(out: Path, settings: dict, model: nn.Module, optimizer: torch.optim.O
 
     UsageError if the folder holds a run with other settings, or files that do not fit or cannot be read.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / "config.json").exists():
+    if not any((out / name).exists() for name in ("config.json", "state.pt", "metrics.jsonl", "prefix.safetensors")):
         write(out / "config.json", json.dumps(settings, indent=2).encode())
     try:
-        old = json.loads((out / "config.json").read_text())
+        old = json.loads((out / "config.json").read_bytes())
         clash = [f"{k} {old.get(k)} (not {v})" for k, v in settings.items() if k not in UNSEEN and old.get(k) != v]
         if clash:
             raise UsageError(f"{out} holds a run with {', '.join(clash)}; choose another --out or delete that folder")
-        if history := finished(out):
-            if history[-1]["status"] == "done":
-                load(out, model)
-            return history
-        if not (out / "state.pt").exists():
-            return []
-        state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        return state["history"]
-    except (ValueError, RuntimeError, KeyError, EOFError, FileNotFoundError, pickle.UnpicklingError) as error:
+        if (out / "state.pt").exists():
+            return restore(out / "state.pt", model, optimizer)
+        return finished(out, model)
+    except UsageError:
+        raise
+    except Exception as error:  # whatever a damaged file leads to
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"{out} cannot be resumed ({reason}); delete that folder to start anew") from error
 
 
-def finished(out: Path) -> list[dict]:
-    """The metrics of the run in `out` if it is over (done or diverged), else []."""
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
+    """Where an unfinished run stands. PyTorch writes checksums into its archive, but does not look at them."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"{path.name} is damaged in {damaged}")
+    state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["history"]
+
+
+def finished(out: Path, model: nn.Module) -> list[dict]:
+    """The metrics of a run that is over; its weights go into the model. [] if it has just begun."""
     path = out / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return rows if rows and "status" in rows[-1] else []
+    if (out / "prefix.safetensors").exists():
+        history = load(out, model)["history"]
+        if not path.exists() or path.read_bytes() != lines(history):
+            write(path, lines(history))  # the weights know it under their checksum
+        return history
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+    if rows and (rows[-1].get("status") != "diverged" or [row["epoch"] for row in rows] != [*range(1, 1 + len(rows))]):
+        raise ValueError(f"{path.name} is of no diverged run, and prefix.safetensors is missing")
+    return rows
 
 
-def load(out: Path, model: nn.Module) -> None:
-    """Fill the model with what a finished run kept. ValueError or RuntimeError if it is damaged or of another shape."""
-    try:
-        state = safetensors.load_file(out / "prefix.safetensors")
-        if model.backbone is not None:
-            kept = safetensors.load_file(out / "backbone.safetensors")
-            state |= {f"backbone.{name}": value for name, value in kept.items()}
-    except SafetensorError as error:
-        raise ValueError(f"its weights are damaged: {error}") from error
+def load(out: Path, model: nn.Module) -> dict:
+    """Fill the model with what a finished run kept, and return its facts. ValueError or RuntimeError if damaged."""
+    state, strings = weights.read(out / "prefix.safetensors")
+    if model.backbone is not None:
+        kept, _ = weights.read(out / "backbone.safetensors")
+        state |= {f"backbone.{name}": value for name, value in kept.items()}
     model.load_state_dict(state)
+    return {name: json.loads(text) for name, text in strings.items()}
+
+
+def lines(history: list[dict]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in history).encode()
 
 
 def save(
@@ -90,14 +128,14 @@ def save(
         write(out / "state.pt", buffer.getvalue())
     if status == "done":
         state = {name: value for name, value in model.state_dict().items() if not name.startswith("backbone.")}
-        known = {name: json.dumps(value) for name, value in facts.items()}
-        write(out / "prefix.safetensors", safetensors.save(state, known))
+        known = {name: json.dumps(value) for name, value in (facts | {"history": history}).items()}
         if model.backbone is not None:
             sizes = {type(model.backbone).__name__.lower(): json.dumps(model.backbone.sizes)}  # `from_file` reads it
-            write(out / "backbone.safetensors", safetensors.save(model.backbone.state_dict(), sizes))
+            write(out / "backbone.safetensors", weights.pack(model.backbone.state_dict(), sizes))
+        write(out / "prefix.safetensors", weights.pack(state, known))
     if title:
         write(out / "curve.png", curve(history, title))
-    write(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
+    write(out / "metrics.jsonl", lines(history))
     if status is not None:  # the run is over
         for leftover in (out / "state.pt", *out.glob(".*.part")):  # a kill may have left a part of a file
             leftover.unlink(missing_ok=True)
@@ -106,28 +144,25 @@ def save(
 def facts(out: Path) -> dict:
     """What prefix.safetensors of a finished run says of itself and its data. UsageError if there is none."""
     try:
-        with safe_open(out / "prefix.safetensors", "pt") as file:
-            known = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
-    except (OSError, SafetensorError, ValueError) as error:
+        known = {name: json.loads(text) for name, text in weights.read(out / "prefix.safetensors")[1].items()}
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{out} is not the folder of a finished run ({error}); train one with train.py") from error
-    if not {"config", "fingerprint", "classes"} <= known.keys():
+    if not {"config", "fingerprint", "classes", "history"} <= known.keys():
         raise UsageError(f"{out} was left by an older version, which kept no settings with the weights; train it anew")
     return known
 
 
 def fingerprint(backbone: nn.Module) -> str:
     """Which weights these are: a prefix fits no others."""
-    made = hashlib.sha256()
-    for name, value in sorted(backbone.state_dict().items()):
-        made.update(name.encode() + value.float().contiguous().numpy().tobytes())
-    return made.hexdigest()[:16]
+    return weights.digest(backbone.state_dict(), {})[:16]
 
 
 def curve(history: list[dict], title: str) -> bytes:
     """A PNG of the loss over the epochs, with the training accuracy (images) or the loss on val (text)."""
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(7, 4), layout="constrained")
-    left = figure.add_subplot(title=title, xlabel="epoch", ylabel="training loss")
+    left = figure.add_subplot(xlabel="epoch", ylabel="training loss")
+    left.set_title(title, parse_math=False)
     left.plot(epochs, [row["loss"] for row in history], color="tab:blue", label="training loss")
     if "val loss" in history[0]:
         left.plot(epochs, [row["val loss"] for row in history], color="tab:orange", label="val loss")

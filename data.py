@@ -9,11 +9,13 @@ their usual layouts; benchmarks.py and text.py have their addresses and the publ
 batches: pixels.py; how texts do: text.py.
 """
 
-import argparse
 import difflib
+import gzip
 import io
 import json
+import os
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,15 +25,15 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.datasets import FashionMNIST, ImageFolder
-from torchvision.datasets.utils import extract_archive
 
 import benchmarks
 from benchmarks import SPLITS
-from download import UsageError, write
+from download import UsageError, fetch, write
 from pixels import Dataset, Split, normalise, prepare_all, stratified
 from text import TEXT_TASKS, Text, encoding, load_jsonl
+from usage import Parser, exit_code
 
-__all__ = ["TASKS", "Dataset", "Split", "Task", "Text", "UsageError", "find", "load", "normalise", "write"]
+__all__ = ["TASKS", "Dataset", "Split", "Task", "Text", "UsageError", "find", "load", "normalise", "title", "write"]
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -46,7 +48,7 @@ def load_digits(root: Path, size: int) -> dict:
     """UCI handwritten digits: 1,797 images of 8 x 8, split 800 / 200 / 797 in the style of VTAB-1K; in assets/."""
     path = ASSETS / "digits.npz"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             images, labels = file["images"], file["labels"]  # (1797, 8, 8) uint8 from 0 to 16, (1797,)
     except FileNotFoundError:
         raise UsageError(f"{path} is missing; it comes with the repository: git checkout {path}") from None
@@ -58,35 +60,33 @@ def load_digits(root: Path, size: int) -> dict:
     return {"classes": [str(digit) for digit in range(10)], "splits": splits, "rule": (size, size)}
 
 
+def fashion_mnist(name: str, root: Path) -> Path | None:
+    """The user's own copy of a file, torchvision's, or the one of Debian's dataset-fashion-mnist."""
+    folders = (root, root / "fashion_mnist", root / "FashionMNIST" / "raw", Path("/usr/share/datasets/fashion-mnist"))
+    return next((folder / name for folder in folders if (folder / name).exists()), None)
+
+
 def load_fashion_mnist(root: Path, size: int) -> dict:
     """Fashion-MNIST: 70,000 garments of 28 x 28, with a border so that a random crop moves them by up to an eighth."""
-    raw = root / "FashionMNIST" / "raw"
-    for folder in (root, Path("/usr/share/datasets/fashion-mnist")):  # the user's, or Debian's dataset-fashion-mnist
-        if not raw.exists():
-            for archive in folder.glob("*-ubyte.gz"):
-                raw.mkdir(parents=True, exist_ok=True)
-                extract_archive(str(archive), str(raw))  # torchvision downloads nothing that it finds here
-    try:
-        sets = [FashionMNIST(root, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError) as error:
-        raise UsageError(
-            f"Fashion-MNIST cannot be had ({error}); without internet, put its four .gz files into {raw} "
-            "or install Debian's package dataset-fashion-mnist"
-        ) from error
+    raw = []
+    for name, md5 in FashionMNIST.resources:  # images, labels, test images, test labels
+        own, url = fashion_mnist(name, root), FashionMNIST.mirrors[0] + name
+        path = own or fetch([url], root / "fashion_mnist" / name, f"md5:{md5}")
+        try:
+            raw.append(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8))  # checks the sum inside
+        except (OSError, EOFError, zlib.error) as error:
+            raise UsageError(f"{path} is damaged ({error}); delete it, or put a whole copy in its place") from error
+    images, labels = raw[0][16:].reshape(-1, 28, 28), raw[1][8:]  # behind the files' headers
 
     def split(images: np.ndarray, labels: np.ndarray) -> Split:
         border = size // 8
         inner = resized(images, size - border)
         return Split.of(np.pad(inner, ((0, 0), (border, border), (border, border), (0, 0))), labels)
 
-    (images, labels), (test_images, test_labels) = [(s.data.numpy(), s.targets.numpy()) for s in sets]
-    train, val = np.split(stratified(labels, seed=0), (54_000,))
-    splits = {
-        "train": split(images[train], labels[train]),
-        "val": split(images[val], labels[val]),
-        "test": split(test_images, test_labels),
-    }
-    return {"classes": sets[0].classes, "splits": splits}
+    parts = zip(("train", "val"), np.split(stratified(labels, seed=0), (54_000,)), strict=True)
+    splits = {name: split(images[part], labels[part]) for name, part in parts}
+    splits["test"] = split(raw[2][16:].reshape(-1, 28, 28), raw[3][8:])
+    return {"classes": FashionMNIST.classes, "splits": splits}
 
 
 def load_folder(folder: Path, root: Path, size: int) -> dict:
@@ -111,7 +111,7 @@ def load_folder(folder: Path, root: Path, size: int) -> dict:
         listing = folder_listing(folder, classes, images)
         files = {split: [(file, classes.index(name)) for file, name in listing[split].items()] for split in SPLITS}
     rule = round(size * 256 / 224)
-    splits = prepare_all(root, folder.resolve().name, folder, files, rule)
+    splits = prepare_all(root, title(str(folder)), folder, files, rule)
     return {"classes": classes, "splits": splits, "rule": rule, "listing": listing}
 
 
@@ -124,15 +124,25 @@ def classes_and_files(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
     return found.classes, [(Path(path).relative_to(folder).as_posix(), found.classes[i]) for path, i in found.samples]
 
 
+def once_each(pairs: list[tuple[str, object]]) -> dict:
+    """For json: a name that stands twice in an object, of which it would quietly drop one, is a mistake."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name stands twice")
+    return dict(pairs)
+
+
 def folder_listing(folder: Path, classes: list[str], images: list[tuple[str, str]]) -> dict[str, dict[str, str]]:
     """The split {split: {file: class}}: the folder's own split.json, else 80 / 10 / 10."""
     if (folder / "split.json").exists():
         try:
-            listing = json.loads((folder / "split.json").read_text())
-            assert all(listing[split] and set(listing[split].values()) <= set(classes) for split in SPLITS)
-        except (ValueError, KeyError, AttributeError, AssertionError) as error:
+            listing = json.loads((folder / "split.json").read_bytes(), object_pairs_hook=once_each)
+            named = [pair for split in SPLITS for pair in listing[split].items()]
+            assert all(listing[split] for split in SPLITS), "a split is empty"
+            assert set(named) <= set(images), f"it has {min(set(named) - set(images))}, which is not in the folder"
+            assert len(dict(named)) == len(named), "an image is in two splits"
+        except Exception as error:
             raise UsageError(
-                f"{folder / 'split.json'} must give train, val and test as {{file: class}}; mend or delete it"
+                f"{folder / 'split.json'} must give train, val and test as {{file: class}} ({error}); mend or delete it"
             ) from error
         return listing
     if len(images) < 10:
@@ -228,7 +238,7 @@ TASKS: dict[str, Task] = {
     "fashion_mnist": Task(
         "demo",
         load_fashion_mnist,
-        lambda root: (root / "FashionMNIST").exists(),
+        lambda root: all(fashion_mnist(name, root) for name, _ in FashionMNIST.resources),
         sizes={"train": 54_000, "val": 6_000, "test": 10_000},
         augment=True,
     ),
@@ -245,11 +255,16 @@ def find(name: str) -> Task:
     if name.endswith(".jsonl") and Path(name).is_file():
         usual = {"backbone": "gpt2-medium", "epochs": 5, "batch": 10, "usual": (5, 1e-4, 0.0)}  # E2E's
         return Task("your texts", partial(load_jsonl, Path(name)), text=True, classes=0, **usual)
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():  # Path("") is this folder
         return Task("your images", partial(load_folder, Path(name)), augment=True, backbone=benchmarks.IN21K)
     close = difflib.get_close_matches(name, TASKS, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     raise UsageError(f"no task '{name}', nor a folder or .jsonl file; {hint}tasks: {', '.join(TASKS)}")
+
+
+def title(name: str) -> str:
+    """What the files of a task are called: its name, or the last part of its path. It leads out of no folder."""
+    return Path(os.path.abspath(name)).name
 
 
 def load(name: str, root: str | Path = "data", reads: int | str = 224) -> Dataset | Text:
@@ -257,10 +272,16 @@ def load(name: str, root: str | Path = "data", reads: int | str = 224) -> Datase
 
     UsageError says what the user can do.
     """
-    task = find(name)
+    task, root = find(name), data_dir(root)
     if task.text:
-        return Text(name, **task.load(Path(root), encoding(reads)))
-    return Dataset(name, size=reads, augment=task.augment, final=task.final, **task.load(Path(root), reads))
+        return Text(name, **task.load(root, encoding(reads)))
+    return Dataset(name, size=reads, augment=task.augment, final=task.final, **task.load(root, reads))
+
+
+def data_dir(root: str | Path) -> Path:
+    if Path(root).exists() and not Path(root).is_dir():
+        raise UsageError(f"--data-dir {root} is a file; name a folder, which is made if it is missing")
+    return Path(root)
 
 
 def table(root: Path) -> str:
@@ -292,7 +313,7 @@ def contact_sheet(data: Dataset) -> bytes:
     split, figure = data.splits["train"], Figure(figsize=(16, 18), layout="constrained")
     for axes, i in zip(figure.subplots(8, 8).flat, stratified(split.index[:, 3], seed=0), strict=False):
         axes.imshow(split.image(i))
-        axes.set_title(data.classes[split.index[i, 3]][:24], fontsize=8)
+        axes.set_title(data.classes[split.index[i, 3]][:24], fontsize=8, parse_math=False)
     for axes in figure.axes:
         axes.axis("off")
     buffer = io.BytesIO()
@@ -300,29 +321,29 @@ def contact_sheet(data: Dataset) -> bytes:
     return buffer.getvalue()
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="List the tasks, or get one ready.", allow_abbrev=False)
-    parser.add_argument("task", nargs="?", help="a task, or a folder of images; without it: the list of tasks")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets are kept (default: data)")
-    parser.add_argument("--size", type=int, default=224, help="input size of the model (default: 224)")
-    options = parser.parse_args(argv)
-    try:
-        if options.task is None:
-            print(table(options.data_dir))
-            return 0
-        task = find(options.task)
-        if task.text:
-            print(describe(load(options.task, options.data_dir, "bytes" if task.backbone == "tiny_gpt" else "gpt2")))
-            return 0
-        data = load(options.task, options.data_dir, options.size)
-        sheet = options.data_dir / f"{Path(options.task).resolve().name}.png"
-        sheet.parent.mkdir(parents=True, exist_ok=True)
+def show(name: str | None, root: Path, size: int) -> None:
+    """What `python data.py` prints; of a task of images, also a contact sheet."""
+    if name is None:
+        print(table(data_dir(root)))
+        return
+    if size < 1:
+        raise UsageError(f"--size is {size}; it must be positive")
+    task = find(name)
+    data = load(name, root, ("bytes" if task.backbone == "tiny_gpt" else "gpt2") if task.text else size)
+    print(describe(data))
+    if not data.text:
+        sheet = root / f"{title(name)}.png"
+        root.mkdir(parents=True, exist_ok=True)
         write(sheet, contact_sheet(data))
-        print(f"{describe(data)}\n  64 of the training images: {sheet}")
-    except (UsageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        print(f"  64 of the training images: {sheet}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description="List the tasks, or get one ready.", allow_abbrev=False)
+    parser.add_argument("name", metavar="task", nargs="?", help="a task, or a folder of images; without it: the list")
+    parser.add_argument("--data-dir", dest="root", type=Path, default=Path("data"), help="where data sets are kept")
+    parser.add_argument("--size", type=int, default=224, help="input size of the model (default: 224)")
+    return exit_code(lambda: show(**vars(parser.parse_args(argv))), "stopped; the same command goes on where it was")
 
 
 if __name__ == "__main__":

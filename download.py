@@ -6,6 +6,8 @@ kill, a full disk or a second process at the same time never leaves a half-writt
 
 import errno
 import hashlib
+import lzma
+import os
 import shutil
 import stat
 import sys
@@ -14,6 +16,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from ssl import SSLError
@@ -23,24 +26,30 @@ from urllib.request import Request, urlopen
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from usage import UsageError
+
 PAUSE, PATIENCE = 1.0, 5  # seconds before the second try, doubled for each further one; tries in vain before giving up
 NETWORK = (URLError, HTTPException, ConnectionError, TimeoutError, SSLError)  # any other OSError is the disk's
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
+DAMAGED += (ValueError, ArithmeticError, RuntimeError)  # a name that is no text, a date too far, a password
+RATIO = 100  # no archive of pictures or texts holds more than so many times its own size
 BYTES = {"unit": "B", "unit_scale": True, "delay": 2}
 
 
-class UsageError(Exception):
-    """Something the user can mend: the command line prints it as one sentence and exits with code 2."""
-
-
 def write(path: Path, content: bytes) -> None:
-    """All of it or nothing: under a temporary name, then rename. OSError if the disk is full or read-only."""
-    temporary = path.with_name(f".{path.name}.part")
+    """All of it or nothing: under a temporary name, then rename. UsageError if the disk is full or read-only."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # a power cut after the renaming finds it on the disk
         temporary.replace(path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error.strerror}); make room, or choose another folder") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def once(path: Path, make: Callable[[Path], None]) -> Path:
@@ -107,7 +116,10 @@ def verify(path: Path, checksum: str | None, record: Path) -> None:
         return
     kind, expected = (checksum or f"sha256:{record.read_text().split()[0]}").split(":")
     if (found := digest(path, kind)) != expected:
-        raise UsageError(f"{path} has {kind} {found}, not {expected}: damaged, or another file; delete it")
+        raise UsageError(
+            f"{path} has {kind} {found}, not {expected}: damaged, or another file; delete it"
+            + (f", or {record} if you put another file there" if checksum is None else "")
+        )
 
 
 def fetch(urls: Sequence[str], path: Path, checksum: str | None) -> Path:
@@ -204,14 +216,30 @@ def obtain(folder: Path, archive: Path, urls: Sequence[str], checksum: str | Non
     return folder
 
 
+def inside(name: str) -> bool:
+    """Whether a path that somebody else wrote stays below the folder that it is relative to."""
+    return not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+
+
 def allow(name: str, plain: bool) -> None:
     """UsageError for a member of an archive that is not plain (a link, a device), or would land outside its folder."""
-    if not plain or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+    if not (plain and inside(name)):
         raise UsageError(f"the archive holds '{name}', which is no file inside it; do not use this archive")
 
 
+def refuse_a_bomb(size: int, archive: Path) -> None:
+    """UsageError if an archive unpacks to more than any honest one."""
+    if size > RATIO * archive.stat().st_size:
+        raise UsageError(f"{archive} unpacks to more than {RATIO} times its size; do not use this archive")
+
+
 def unpack_tar(archive: Path, folder: Path) -> None:
+    size = 0
+
     def check(member: tarfile.TarInfo, destination: str) -> tarfile.TarInfo:
+        nonlocal size
+        size += member.size + tarfile.BLOCKSIZE  # an empty file is not nothing
+        refuse_a_bomb(size, archive)
         allow(member.name, member.isfile() or member.isdir())
         return tarfile.data_filter(member, destination)  # no foreign owners, no execute bits
 
@@ -226,7 +254,9 @@ def unpack_tar(archive: Path, folder: Path) -> None:
 def unpack_zip(archive: Path, folder: Path) -> None:
     with zipfile.ZipFile(archive) as file:
         members = file.infolist()
-        need(sum(member.file_size for member in members), folder)
+        size = sum(member.file_size for member in members)
+        refuse_a_bomb(size, archive)
+        need(size, folder)
         for member in tqdm(members, desc=f"unpacking {archive.name}", unit="file", delay=2):
             allow(member.filename, stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR))
             file.extract(member, folder)

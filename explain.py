@@ -54,7 +54,7 @@ def image_picture(vit: ViT, pixels: Tensor, experts: Tensor, title: str) -> Figu
     tokens, side = vit.pos_embed.shape[1], round((vit.pos_embed.shape[1] - 1) ** 0.5)
     both = [gates_of(vit, normalise(pixels), prefix) for prefix in (None, experts)]
     figure = Figure(figsize=(13, 6.5), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # the user's file name, in which a $ is a $
     (first, *above), (second, *below) = figure.subplots(2, 4)
     first.imshow(pixels[0].numpy(force=True))
     first.set_title("the image, as the model sees it")
@@ -79,10 +79,10 @@ def text_picture(gpt: GPT, prompt: list[int], made: list[str], ids: list[int], e
     count = tokens.shape[1]
     share = [gate[0, :, -len(ids) :, :-count].sum(-1).mean(0) for gate in gates_of(gpt, tokens, experts)]
     figure = Figure(figsize=(max(6, 0.22 * len(made)), 4), layout="constrained")
-    figure.suptitle(title if len(title) < 90 else title[:87] + "...", fontsize=9)
+    figure.suptitle(title if len(title) < 90 else title[:87] + "...", fontsize=9, parse_math=False)
     axes = figure.subplots()
     gate_map(figure, axes, torch.stack(share), "token that was written", "share of attention that goes to the prefix")
-    axes.set_xticks(range(len(made)), made, rotation=90, fontsize=8)
+    axes.set_xticks(range(len(made)), made, rotation=90, fontsize=8, parse_math=False)
     return figure
 
 

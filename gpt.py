@@ -23,12 +23,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import decode
 from vit import Attention, mix
+from weights import fill, read
 
 HUB = {  # repositories openai-community/NAME
     "gpt2": {"dim": 768, "n_layer": 12, "n_head": 12},
@@ -253,40 +252,15 @@ class GPT(nn.Module):
         else:
             names = ", ".join([*HUB, "tiny_gpt", "scratch_gpt"])
             raise ValueError(f"no GPT '{name}'; possible are {names}, a folder or a .safetensors file")
-        return cls.filled(sizes, converted(read(path)[0]), path)
+        return fill(cls, sizes, converted(read(path)[0]), path)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "GPT":
         """A GPT saved by `train.py --tune full`: safetensors with sizes in its metadata. ValueError if it is not."""
-        state, metadata = read(path)
-        if "gpt" not in metadata:
+        state, strings = read(path)
+        if "gpt" not in strings:
             raise ValueError(f"{path} holds no GPT of this repository; for one of transformers give its folder")
-        return cls.filled(json.loads(metadata["gpt"]), state, path)
-
-    @classmethod
-    def filled(cls, sizes: dict, state: dict[str, Tensor], path: Path) -> "GPT":
-        """A GPT of these sizes with these weights, in fp32. ValueError, which names `path`, if they do not fit."""
-        with torch.device("meta"):  # nothing is drawn that is overwritten at once
-            gpt = cls(**sizes)
-        expected = gpt.state_dict()
-        for name in sorted(expected.keys() | state):
-            if name not in expected or name not in state or state[name].shape != expected[name].shape:
-                reason = (
-                    "is missing" if name not in state else "has another shape" if name in expected else "is unknown"
-                )
-                raise ValueError(f"{path} holds another model than a GPT-2 of the sizes {sizes} ({name} {reason})")
-        gpt.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
-        return gpt.eval()
-
-
-def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a .safetensors file. ValueError if it is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        return load_file(path), metadata
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
+        return fill(cls, json.loads(strings["gpt"]), state, path)
 
 
 def converted(theirs: dict[str, Tensor]) -> dict[str, Tensor]:

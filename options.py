@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import torch
+from torch import nn
 
-from data import UsageError, find
+from data import Dataset, Text, UsageError, find, title
 from prefix import SHARE
+from usage import Parser
 
 
 def opt(default, help):
@@ -60,29 +62,36 @@ def method(config: Config) -> str:
     return {"linear": "probe", "full": "full"}[config.tune]
 
 
+def device(name: str) -> str:
+    """Where to compute; auto is the GPU if there is one. UsageError for a GPU that there is not."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device is cuda, but PyTorch finds no CUDA device here; use --device cpu")
+    return {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(name, name)
+
+
 def resolve(config: Config) -> Config:
     """Fill in every None and "auto" but dtype, which depends on the backbone. UsageError for what cannot be."""
     task = find(config.task)
     values = dict(zip(("length", "lr", "wd"), task.settings.get(method(config), task.usual), strict=True))
     values |= {"epochs": task.epochs, "batch": task.batch, "backbone": task.backbone}
-    values |= {"optimizer": "adamw" if task.text else "sgd", "device": "cuda" if torch.cuda.is_available() else "cpu"}
+    values |= {"optimizer": "adamw" if task.text else "sgd", "device": device(config.device)}
     values |= {"compile": config.device != "cpu" and torch.cuda.is_available()}
     config = replace(config, **{k: v for k, v in values.items() if getattr(config, k) in (None, "auto")})
     for name in ("length", "lr", "epochs", "batch", "beams"):
         if not 0 < getattr(config, name) < math.inf:
             raise UsageError(f"--{name} is {getattr(config, name)}; it must be positive")
-    if config.fraction > 1 or config.fraction <= 0:
+    if not 0 < config.fraction <= 1:
         raise UsageError(f"--fraction is {config.fraction}; it must be above 0 and at most 1")
-    if not (0 <= config.wd < math.inf and config.seed >= 0):
-        raise UsageError(f"--wd is {config.wd} and --seed is {config.seed}; neither may be negative")
+    if not 0 <= config.wd < math.inf:
+        raise UsageError(f"--wd is {config.wd}; it must not be negative")
+    if not 0 <= config.seed < 2**63 - 1_000_003 * (config.epochs + 1):  # what PyTorch takes, in every epoch
+        raise UsageError(f"--seed is {config.seed}; it must not be negative, nor have more than 18 digits")
     if config.tune == "linear" and task.text:
         raise UsageError(f"--tune linear trains a classifier's head, and {config.task} is text; use prefix or full")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device is cuda, but PyTorch finds no CUDA device here; use --device cpu")
     size = f"-L{config.length}" if config.tune == "prefix" else ""
     name = f"{method(config)}{size}-lr{config.lr:g}-wd{config.wd:g}-epochs{config.epochs}-seed{config.seed}"
     name += ("" if config.fraction == 1 else f"-fraction{config.fraction:g}") + ("" if config.final else "-val")
-    folder = Path("out", Path(config.task).name, name)
+    folder = Path("out", title(config.task), name)
     return replace(config, out=config.out or str(folder))
 
 
@@ -98,9 +107,17 @@ def prepare_process() -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing goes back
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UsageError(f"{message}; see --help")
+def check(config: Config, backbone: nn.Module, data: Dataset | Text, split: str) -> None:
+    """UsageError for a run that this backbone cannot have with these data: before it starts, not when it tests."""
+    if data.count(split, config.fraction) < 1:
+        raise UsageError(f"--fraction {config.fraction:g} leaves no image of {config.task}; take a larger one")
+    if data.text:
+        room = backbone.context - (config.length if config.tune == "prefix" else 0)
+        data.must_fit(room, {split, "val", "test" if config.final else "val"})
+        if data.encoding.n_vocab > backbone.vocab:
+            raise UsageError(f"{config.backbone} knows fewer tokens than {config.task} has; take another --backbone")
+        if config.beams > (most := data.encoding.n_vocab // 2):
+            raise UsageError(f"--beams is {config.beams}; with this vocabulary it can be {most} at most")
 
 
 def add_options(made: argparse.ArgumentParser, options: type) -> None:

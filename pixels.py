@@ -2,8 +2,9 @@
 
 Decoding and resizing a JPEG takes a hundred times as long as copying a window of it, and gives the same pixels in every
 epoch. So `prepare` does it once, in parallel, into one file: the uint8 pixels of all images of a split, one after
-another, then the index (offset, height, width, label), then the number of images. The file is mapped, not read: memory
-holds what a batch touches, however large the file. `normalise` makes floats of a batch on the device.
+another, then the index (offset, height, width, label, checksum), its checksum, and the number of images. The file is
+mapped, not read: memory holds what a batch touches, however large the file, and an image is compared with its checksum
+when it is first touched. `normalise` makes floats of a batch on the device.
 
 Shapes: B images; pixels are (height, width, 3) uint8 on disk and in batches, (B, 3, size, size) float for the model.
 """
@@ -12,6 +13,7 @@ import contextlib
 import hashlib
 import mmap
 import os
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,14 +27,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import Resize
 from tqdm import tqdm
 
-from download import UsageError, need, once
+from download import UsageError, inside, need, once
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what Pillow raises
+MOST = Image.MAX_IMAGE_PIXELS  # of one image, before and after resizing
 Rule = int | tuple[int, int]  # of resizing: the short side, or (height, width)
 
 
@@ -42,14 +44,22 @@ class Split:
 
     pixels: np.ndarray  # (bytes,) uint8
     index: np.ndarray  # (n, 4) int64: offset, height, width, label
-    mapping: mmap.mmap | None = None  # of the file that holds `pixels`
+    path: Path | None = None  # the file that holds `pixels`
+    mapping: mmap.mmap | None = None
+    unseen: dict[int, int] = field(default_factory=dict)  # of it: the crc32 of images that were not used yet
 
     def __len__(self) -> int:
         return len(self.index)
 
     def image(self, i: int) -> np.ndarray:
+        """A view (height, width, 3), not a copy. UsageError if the disk has changed it."""
         offset, height, width, _ = self.index[i]
-        return self.pixels[offset : offset + height * width * 3].reshape(height, width, 3)  # a view, not a copy
+        pixels = self.pixels[offset : offset + height * width * 3]
+        if i in self.unseen:
+            if zlib.crc32(pixels) != self.unseen[i]:
+                raise UsageError(f"{self.path} is damaged; delete it, and the next start makes it anew")
+            del self.unseen[i]
+        return pixels.reshape(height, width, 3)
 
     @cached_property
     def stack(self) -> np.ndarray | None:
@@ -73,16 +83,15 @@ class Split:
     @classmethod
     def open(cls, path: Path) -> "Split":
         """What `prepare` wrote, mapped. UsageError if it is not whole."""
-        n, end, index = 0, 0, np.zeros((0, 4), np.int64)
         with contextlib.suppress(ValueError), path.open("rb") as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             raw = np.frombuffer(mapping, np.uint8)
-            n = int(raw[-8:].copy().view(np.int64)[0])
-            end = len(raw) - 8 - 32 * n
-            index = raw[end:-8].copy().view(np.int64).reshape(n, 4)
-        if n < 1 or (index[:, 1] * index[:, 2]).sum() * 3 != end:
-            raise UsageError(f"{path} is damaged; delete it, and the next start makes it anew")
-        return cls(raw[:end], index, mapping)
+            crc32, n = raw[-16:].copy().view(np.int64).tolist()
+            end = len(raw) - 16 - 40 * n
+            index = raw[end:-16].copy().view(np.int64).reshape(n, 5)
+            if n > 0 and zlib.crc32(index) == crc32 and (index[:, 1] * index[:, 2]).sum() * 3 == end:
+                return cls(raw[:end], index[:, :4], path, mapping, dict(enumerate(index[:, 4].tolist())))
+        raise UsageError(f"{path} is damaged; delete it, and the next start makes it anew")
 
 
 @dataclass
@@ -98,7 +107,12 @@ class Files:
     def __getitem__(self, i: int) -> np.ndarray | str:
         """Pixels (height, width, 3) uint8, as torchvision's ImageFolder and Resize give them; else the fault."""
         try:
-            return np.asarray(Resize(self.rule)(pil_loader(self.paths[i])))
+            with Image.open(self.paths[i]) as image:
+                if image.mode == "F":
+                    raise ValueError("it holds floats, which are no pixels")
+                if isinstance(self.rule, int) and self.rule**2 * max(image.size) > MOST * min(image.size):
+                    raise ValueError(f"{image.width} x {image.height} is too thin: resized, it would fill the memory")
+                return np.asarray(Resize(self.rule)(image.convert("RGB")))
         except UNREADABLE as error:
             return f"{self.paths[i]} cannot be read as an image ({error}); put a whole copy in its place"
 
@@ -109,15 +123,17 @@ def prepare(cache: Path, name: str, base: Path, files: list[tuple[str, int]], ru
     The file is named after everything that decides its content: the rule of resizing, and of every image path, label,
     size and time of change. UsageError for an image that is missing or unreadable, and for a full disk.
     """
-    key = hashlib.sha256(repr(rule).encode())
+    key = hashlib.sha256(f"{rule} crc32".encode())
     for file, label in files:
         try:
             status = os.stat(f"{base}/{file}")
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise UsageError(
-                f"{base}/{file} belongs to {name} but cannot be had ({error.strerror}); put it there, or delete "
-                f"{base} if it was downloaded, and the next start does it again"
+                f"{base}/{file} belongs to {name} but cannot be had ({getattr(error, 'strerror', error)}); put it "
+                f"there, or delete {base} if it was downloaded, and the next start does it again"
             ) from error
+        if not inside(file):
+            raise UsageError(f"{name} names '{file}', which is not below {base}; do not use this list of images")
         key.update(os.fsencode(f"{file}\n{label} {status.st_size} {status.st_mtime_ns}\n"))
     paths, labels = [f"{base}/{file}" for file, _ in files], [label for _, label in files]
     side = f"{rule}" if isinstance(rule, int) else "x".join(map(str, rule))
@@ -138,14 +154,14 @@ def decode(temporary: Path, name: str, files: Files, labels: list[int]) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(cores, len(files) // 64)  # a few images are not worth a process
     images = chain.from_iterable(DataLoader(files, batch_size=8, num_workers=workers, collate_fn=list))
-    index, offset = np.empty((len(files), 4), np.int64), 0
+    index, offset = np.empty((len(files), 5), np.int64), 0
     with temporary.open("wb") as out:
         for i, image in enumerate(tqdm(images, f"decoding {name}", len(files), unit="img", delay=2)):
             if isinstance(image, str):
                 raise UsageError(image)
-            index[i] = offset, *image.shape[:2], labels[i]
+            index[i] = offset, *image.shape[:2], labels[i], zlib.crc32(image)
             offset += out.write(image.data)
-        out.write(index.tobytes() + np.int64(len(files)).tobytes())
+        out.write(index.tobytes() + np.array([zlib.crc32(index), len(files)]).tobytes())
         out.flush()
         os.fsync(out.fileno())  # a power cut after the renaming finds it on the disk
 
@@ -231,7 +247,10 @@ def gather(images: list[tuple[Split, int]], size: int, rng: np.random.Generator 
     if rng is None and all(part.stack is not None and part.stack.shape[1:3] == (size, size) for part in parts):
         for part in parts:  # nothing to cut: all of a part's images at once
             rows = [row for row, (other, _) in enumerate(images) if other is part]
-            pixels[rows] = part.stack[[images[row][1] for row in rows]]
+            chosen = [images[row][1] for row in rows]
+            for i in chosen:
+                part.image(i)  # compares it with its checksum
+            pixels[rows] = part.stack[chosen]
     else:
         for out, (part, i) in zip(pixels, images, strict=True):
             crop(part.image(i), size, out, rng)

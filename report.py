@@ -192,7 +192,7 @@ def bars(axes: Axes, rows: list[Row], tasks: list[str]) -> None:
         for x, value in known:
             label = "paper" if (x, name) == (known[0][0], series[0]) else None
             axes.hlines(value, x - width / 2, x + width / 2, color="black", label=label)
-    axes.set_xticks(range(len(tasks)), tasks, rotation=30 if len(tasks) > 8 else 0)
+    axes.set_xticks(range(len(tasks)), tasks, rotation=30 if len(tasks) > 8 else 0, parse_math=False)
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, frameon=False)
 
 
@@ -227,7 +227,8 @@ def fraction_figure(rows: list[Row]) -> Figure:
                 counts, means, spread, marker="o", capsize=3, label=name, color=COLOURS[method], linestyle=style
             )
         shown = sorted({row.images for row in rows if row.task == task})
-        axes.set(title=task, xscale="log", xlabel="training images", ylabel="test accuracy, %")
+        axes.set(xscale="log", xlabel="training images", ylabel="test accuracy, %")
+        axes.set_title(task, parse_math=False)
         axes.set_xticks(shown, [str(n) for n in shown])
         axes.set_xticks([], minor=True)
         axes.legend(fontsize=8, loc="lower right")

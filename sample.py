@@ -28,11 +28,12 @@ import checkpoint
 from data import UsageError, write
 from explain import experts_picture, image_picture, text_picture
 from gpt import GPT
-from options import Config, Parser, add_options, method, opt
+from options import Config, Parser, add_options, device, method, opt
 from pixels import Files, crop
 from report import png
 from text import Pair, Template, Text, encoding
 from train import BAR, WRITE, Tuned, open_backbone, use_bf16
+from usage import exit_code
 from vit import ViT
 
 TOP, BATCH = 5, 64
@@ -76,8 +77,11 @@ class Run:
 def open_run(folder: Path, options: Options) -> Run:
     """What `train.py` left in `folder`. UsageError if it is no finished run, or its backbone is missing or another."""
     facts = checkpoint.facts(folder)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
-    config = replace(Config(**facts["config"]), device=device)
+    try:
+        config = replace(Config(**facts["config"]), device=device(options.device))
+    except TypeError as error:
+        raise UsageError(f"{folder} was left by another version ({error}); train it anew") from error
+    torch.manual_seed(config.seed)  # for a backbone from scratch
     kind, full = GPT if "template" in facts else ViT, config.tune == "full"
     name = str(folder / "backbone.safetensors") if full else options.backbone or config.backbone
     backbone = open_backbone(kind, name)
@@ -85,10 +89,10 @@ def open_run(folder: Path, options: Options) -> Run:
         raise UsageError(
             f"the backbone '{name}' has other weights than the one {folder} was trained on; give --backbone"
         )
-    backbone.to(device).requires_grad_(False)
+    backbone.to(config.device).requires_grad_(False)
     if use_bf16(config, backbone) and not full:
         backbone.hold_in_bf16()
-    model = Tuned(config, backbone, len(facts["classes"])).to(device).eval()
+    model = Tuned(config, backbone, len(facts["classes"])).to(config.device).eval()
     try:
         checkpoint.load(folder, model)
     except (ValueError, RuntimeError) as error:
@@ -189,6 +193,8 @@ def write_all(run: Run, options: Options, inputs: list[str]) -> None:
     longest = max(map(len, prompts)) + (run.config.length if run.model.prefix else 0) + data.decoding["max_new"]
     if longest > run.tuned.context:
         raise UsageError(f"a source is too long: with its text it may need {longest} of {run.tuned.context} positions")
+    if options.beams > (most := run.tuned.vocab // 2):
+        raise UsageError(f"--beams is {options.beams}; with this vocabulary it can be {most} at most")
     for start in tqdm(range(0, len(prompts), WRITE), "texts", unit="batch", **BAR | QUIET):
         some = prompts[start : start + WRITE]
         with run.autocast():
@@ -205,7 +211,10 @@ def write_all(run: Run, options: Options, inputs: list[str]) -> None:
 
 def save(run: Run, options: Options, name: str, figure: Figure) -> str:
     folder = Path(options.out or run.folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {folder} cannot be a folder ({error.strerror}); name another") from error
     write(folder / name, png(figure))
     return str(folder / name)
 
@@ -217,6 +226,8 @@ def show(options: Options, line: dict, text: str) -> None:
 
 def sample(options: Options, names: list[str]) -> None:
     """What the command line asks for. UsageError if it cannot be done."""
+    if options.beams < 1:
+        raise UsageError(f"--beams is {options.beams}; it must be positive")
     if options.experts:
         runs = [open_run(Path(name), options) for name in names]
         if flat := [run for run in runs if run.experts is None]:
@@ -234,16 +245,12 @@ def main(argv: list[str] | None = None) -> int:
     made = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
     made.add_argument("run", nargs="+", help="the run's folder, then images, folders, sources or files of them")
     add_options(made, Options)
-    try:
+
+    def work() -> None:
         given = vars(made.parse_args(argv))
         sample(Options(**{k: v for k, v in given.items() if k != "run"}), given["run"])
-    except (UsageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -20,23 +20,26 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+import checkpoint
 import plan
 import report
-from data import TASKS, UsageError, find, write
+from data import TASKS, UsageError, find, title, write
 from options import Config, Parser, add_options, opt, resolve
 from prefix import SHARE
 from train import BAR
+from usage import GOES_ON, exit_code
 from worker import Worker, in_turn, on_ray, settings
 
 METHODS = {share: {"share": share} for share in SHARE}
@@ -55,7 +58,8 @@ RAY = {
 def of_a_run(name: str):
     """An option that is handed on to every run: as `train.py` has it."""
     f = Config.__dataclass_fields__[name]
-    return opt(f.default, f.metadata["help"])
+    choices = {"kind": {"choices": get_args(f.type)}} if get_origin(f.type) is Literal else {}
+    return field(default=f.default, metadata={"help": f.metadata["help"]} | choices)
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,9 @@ def cells(sweep: Sweep) -> list[Cell]:
     return list(made)
 
 
-def folder(sweep: Sweep, task: str) -> Path:
-    return Path(sweep.out).absolute() / (task + ("-halving" if sweep.halving else ""))
+def folder(sweep: Sweep, *tasks: str) -> Path:
+    name = "-".join(dict.fromkeys(title(task) for task in tasks))
+    return Path(sweep.out).absolute() / (name + ("-halving" if sweep.halving else ""))
 
 
 def configure(sweep: Sweep, cell: Cell, **values) -> Config:
@@ -145,16 +150,24 @@ def configure(sweep: Sweep, cell: Cell, **values) -> Config:
 
 
 class Results:
-    """results.jsonl: a line per finished run, or per stage of a run with --halving. Only the main process writes it."""
+    """results.jsonl: a line per finished run, or per stage of a run with --halving. Only the main process writes it.
+
+    Each line has a checksum. If it fails, the run is asked again; one that is over has kept its own result.
+    """
 
     def __init__(self, path: Path):
         self.path, self.lines = path, {}
-        for text in path.read_text().splitlines() if path.exists() else ():
+        for text in path.read_bytes().splitlines() if path.exists() else ():
             try:
                 line = json.loads(text)
+                assert line.pop("crc32") == self.checksum(line)
                 self.lines[self.key(line["settings"], line["stop"])] = line
-            except (ValueError, KeyError, TypeError):
-                tqdm.write(f"{path}: a line is torn; its run is done again", file=sys.stderr)
+            except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+                tqdm.write(f"{path}: a line is damaged; its run is done again", file=sys.stderr)
+
+    @staticmethod
+    def checksum(line: dict) -> int:
+        return zlib.crc32(json.dumps(line).encode())
 
     @staticmethod
     def key(settings: dict, stop: int | None) -> str:
@@ -167,7 +180,8 @@ class Results:
         bar.update(len(configs) - len(missing))
         for line in runner(missing, stop):
             self.lines[self.key(line["settings"], line["stop"])] = line
-            write(self.path, "".join(json.dumps(line) + "\n" for line in self.lines.values()).encode())
+            kept = [line | {"crc32": self.checksum(line)} for line in self.lines.values()]
+            write(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             bar.update()
         return [self.lines[key] for key in keys]
 
@@ -216,15 +230,6 @@ def study(sweep: Sweep, cell: Cell, results: Results, runner: Callable, bar: tqd
     return report.Row(cell.task, cell.method, length, cell.fraction, images, tried, ranked, tested)
 
 
-def lock(path: Path, stack: ExitStack) -> None:
-    """Keep other sweeps out of a folder until the stack closes; the system lets go if this process is killed."""
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        stack.enter_context(FileLock(path / ".lock").acquire(timeout=0))
-    except Timeout:
-        raise UsageError(f"another sweep is at work in {path}; wait for it, or give this one another --out") from None
-
-
 def run(sweep: Sweep) -> None:
     """The whole sweep, and its report in OUT/TASK, or OUT/TASKS if there are several."""
     rows, todo = [], cells(sweep)
@@ -234,10 +239,10 @@ def run(sweep: Sweep) -> None:
     if sweep.dry_run:
         plan.show([costs(sweep, cell) for cell in todo], sweep.img_per_s)
         return
-    home = folder(sweep, "-".join(dict.fromkeys(sweep.tasks)))
+    home = folder(sweep, *sweep.tasks)
     with ExitStack() as stack:
         for path in sorted({home} | {folder(sweep, cell.task) for cell in todo}):
-            lock(path, stack)
+            stack.enter_context(checkpoint.alone(path))
         device = grid(sweep, todo[0])[0].device
         runner = on_ray(sweep.ray, device, stack) if sweep.ray else partial(in_turn, Worker(torch.get_num_threads()))
         total = sum(count for cell in todo for _, count, _ in costs(sweep, cell))
@@ -315,15 +320,7 @@ def parse(argv: list[str] | None) -> Sweep:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        run(parse(argv))
-    except (UsageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last finished epoch", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(parse(argv)), GOES_ON)
 
 
 if __name__ == "__main__":

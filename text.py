@@ -215,7 +215,7 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
             continue
         try:
             row = dict(json.loads(line))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             row = {}
         source, targets = row.get("source"), row.get("target")
         targets = [targets] if isinstance(targets, str) else targets

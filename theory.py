@@ -48,10 +48,12 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 from tqdm import tqdm
 
+from checkpoint import alone
 from download import UsageError, write
 from options import Parser, add_options, opt
 from report import png
 from train import BAR
+from usage import exit_code
 
 KINDS = {"non-shared": "tab:gray", "shared": "tab:blue", "one-layer": "tab:orange", "learned": "tab:green"}
 LENGTHS, STYLES = (1, 2, 3), {1: ":", 2: "--", 3: "-"}  # L', where L = 1
@@ -323,27 +325,22 @@ def draw(config: Config, results: dict) -> Figure:
     return figure
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    add_options(parser, Config)
-    try:
-        config = Config(**vars(parser.parse_args(argv)))
-        for name, least in (("seed", 0), ("reps", 2), ("iterations", 10)):
-            if getattr(config, name) < least:
-                raise UsageError(f"--{name} is {getattr(config, name)}; it must be at least {least}")
-        folder = Path(config.out)
-        folder.mkdir(parents=True, exist_ok=True)
+def run(config: Config) -> None:
+    for name, least in (("seed", 0), ("reps", 2), ("iterations", 10)):
+        if getattr(config, name) < least:
+            raise UsageError(f"--{name} is {getattr(config, name)}; it must be at least {least}")
+    folder = Path(config.out)
+    with alone(folder):
         results = simulate(config)
         write(folder / "report.md", text(config, results).encode())
         write(folder / "theory.png", png(draw(config, results)))
-        print(f"{text(config, results)}\n{folder / 'report.md'}, {folder / 'theory.png'}")
-    except (UsageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    print(f"{text(config, results)}\n{folder / 'report.md'}, {folder / 'theory.png'}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    add_options(parser, Config)
+    return exit_code(lambda: run(Config(**vars(parser.parse_args(argv)))), "stopped; nothing was written")
 
 
 if __name__ == "__main__":

@@ -143,7 +143,8 @@ class Text:
                 longest = len(source) + max(self.template.longest, *map(len, targets)) - 1
                 if longest > room:
                     raise UsageError(
-                        f"a text of {self.task} needs {longest} of {room} positions; shorten '{pair.source[:40]}...'"
+                        f"a text of {self.task} needs {longest} of {room} positions; shorten '{pair.source[:40]}...' "
+                        "or, with a smaller --length, the prefix"
                     )
 
     @property

@@ -17,7 +17,6 @@ import copy
 import json
 import math
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,9 +30,10 @@ from tqdm import tqdm
 import checkpoint
 from data import Dataset, Text, UsageError, find, load, normalise, write
 from gpt import GPT
-from options import Config, method, parser, prepare_process, resolve
+from options import Config, check, method, parser, prepare_process, resolve
 from prefix import Prefix
 from scores import score
+from usage import GOES_ON, exit_code
 from vit import ViT
 
 BAR = {"mininterval": 0.2 if sys.stderr.isatty() else 30, "dynamic_ncols": True, "leave": None, "delay": 2}
@@ -65,11 +65,14 @@ def load_backbone(config: Config, pretrained: bool = True) -> ViT | GPT:
 def open_backbone(kind: type, name: str, pretrained: bool = True) -> ViT | GPT:
     """A ViT or GPT by its name, on the CPU in fp32. UsageError if it cannot be had."""
     try:
-        return kind.load(name, pretrained)
-    except (ValueError, RuntimeError, OSError, KeyError, zipfile.BadZipFile) as error:
+        backbone = kind.load(name, pretrained)
+        if strange := [n for n, value in backbone.named_parameters() if not value.isfinite().all()]:
+            raise ValueError(f"{strange[0]} holds NaN or infinity")
+        return backbone
+    except Exception as error:  # whatever a damaged or hostile file leads to
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        example = "ViT-B_16.npz" if kind is ViT else "a folder with model.safetensors"
-        mend = "git checkout assets" if name.startswith("tiny") else f"give one that you have: --backbone {example}"
+        shipped, example = ("tiny", "ViT-B_16.npz") if kind is ViT else ("tiny_gpt", "a folder with model.safetensors")
+        mend = "git checkout assets" if name == shipped else f"give one that you have: --backbone {example}"
         raise UsageError(f"the backbone '{name}' cannot be used ({reason}); {mend}") from error
 
 
@@ -144,9 +147,9 @@ def batches(config: Config, data: Dataset | Text, split: str, **order) -> Iterat
 
 @torch.no_grad()
 def evaluate(config: Config, model: Tuned, backbone: ViT | GPT, data: Dataset | Text, split: str) -> float:
-    """Images: top-1 accuracy in % on centre crops. Text: mean loss of a target token, in nats. No dropout.
+    """Images: top-1 accuracy in % on centre crops. Text: mean loss of a target token, in nats. NaN if a loss is NaN.
 
-    The prefix is generated once for all batches.
+    There is no dropout, and the prefix is generated once for all batches.
     """
     config, bf16 = resolve(config), use_bf16(config, backbone)
     step = step_function(config, data)
@@ -157,6 +160,8 @@ def evaluate(config: Config, model: Tuned, backbone: ViT | GPT, data: Dataset | 
         loss, tally = step(model, backbone, bf16, *batch, experts=experts)
         loss_sum += loss * len(batch[0])
         tally_sum += tally
+    if not loss_sum.isfinite():
+        return math.nan
     return loss_sum.item() / tally_sum.item() if data.text else 100 * tally_sum.item() / data.count(split)
 
 
@@ -239,7 +244,8 @@ def run_epoch(
         return {"epoch": epoch + 1, "loss": loss_sum.item() / count, "train": 100 * tally_sum.item() / count}
     val = evaluate(config, model, backbone, data, "val")
     row = {"epoch": epoch + 1, "loss": loss_sum.item() / tally_sum.item()}  # of one token, in nats, as `val`
-    return row | {"val loss": val, "val perplexity": math.exp(min(val, 700))}
+    lost, kept = {"status": "diverged"}, {"val loss": val, "val perplexity": math.exp(min(val, 700))}
+    return row | (lost if math.isnan(val) else kept)
 
 
 def training_split(config: Config, data: Dataset | Text) -> str:
@@ -272,14 +278,17 @@ def train(config: Config, backbone: ViT | GPT, data: Dataset | Text, stop: int |
     "diverged". UsageError if the folder holds a run with other settings, or files that cannot be read.
     """
     config = resolve(config)
+    check(config, backbone, data, training_split(config, data))
+    with checkpoint.alone(Path(config.out)):
+        return go_on(config, backbone, data, stop, Path(config.out))
+
+
+def go_on(config: Config, backbone: ViT | GPT, data: Dataset | Text, stop: int | None, out: Path) -> Result:
     torch.manual_seed(config.seed)
     model = Tuned(config, backbone, len(data.classes)).to(config.device)
     optimizer = make_optimizer(config, model)
-    if data.text:
-        room = backbone.context - (config.length if config.tune == "prefix" else 0)
-        data.must_fit(room, {training_split(config, data), "val", "test" if config.final else "val"})
     facts = {"config": asdict(config), "fingerprint": backbone.fingerprint} | data.facts
-    out, history = Path(config.out), checkpoint.resume(Path(config.out), facts["config"], model, optimizer)
+    history = checkpoint.resume(out, facts["config"], model, optimizer)
     if data.listing is not None:  # a split made here, to be repeated
         write(out / "split.json", json.dumps(data.listing, indent=1).encode())
     count = data.count(training_split(config, data), config.fraction)
@@ -289,18 +298,19 @@ def train(config: Config, backbone: ViT | GPT, data: Dataset | Text, stop: int |
             history.append(run_epoch(config, model, backbone, optimizer, data, len(history), bar))
             checkpoint.save(out, facts, model, optimizer, history)
     if len(history) == config.epochs and "status" not in history[-1]:
-        history[-1] |= judge(config, model, backbone, data) | {"status": "done"}
+        history[-1] |= {"status": "done"} | judge(config, model, backbone, data)
         title = f"{config.task}, {method(config)}: {summary(history)}" if config.final else ""  # 40 curves are too many
         checkpoint.save(out, facts, model, optimizer, history, title)
     return Result(history[-1].get("status", "running"), history[-1], history, model, out)
 
 
-def judge(config: Config, model: Tuned, backbone: ViT | GPT, data: Dataset | Text) -> dict[str, float]:
+def judge(config: Config, model: Tuned, backbone: ViT | GPT, data: Dataset | Text) -> dict[str, float | str]:
     """What a finished run is judged by: its accuracy on test (on val, if it is not final), or its texts' scores."""
     if data.text:
         return write_texts(config, model, backbone, data) if config.final else {}
     split = "test" if config.final else "val"
-    return {split: evaluate(config, model, backbone, data, split)}
+    accuracy = evaluate(config, model, backbone, data, split)
+    return {"status": "diverged"} if math.isnan(accuracy) else {split: accuracy}
 
 
 def summary(history: list[dict]) -> str:
@@ -333,14 +343,7 @@ def run(config: Config) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        return run(Config(**vars(parser(__doc__.split("\n")[0]).parse_args(argv))))
-    except (UsageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last finished epoch", file=sys.stderr)
-        return 130
+    return exit_code(lambda: run(Config(**vars(parser(__doc__.split("\n")[0]).parse_args(argv)))), GOES_ON)
 
 
 if __name__ == "__main__":

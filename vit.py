@@ -21,9 +21,9 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from weights import fill, read
 
 IN21K = "vit_base_patch16_224.orig_in21k"  # the checkpoint of VPT and of the paper, as timm names it
 TINY = {"image": 32, "patch": 8, "dim": 32, "n_layer": 8, "n_head": 4}
@@ -260,16 +260,10 @@ class ViT(nn.Module):
     @classmethod
     def from_file(cls, path: str | Path) -> "ViT":
         """A ViT saved by `train.py --tune full`: safetensors with sizes in its metadata. ValueError if it is not."""
-        try:
-            with safe_open(path, "pt") as file:
-                sizes = json.loads((file.metadata() or {}).get("vit", "null"))
-            if sizes is None:
-                raise ValueError(f"{path} holds no ViT of this repository (its metadata name no sizes)")
-            vit = cls(**sizes)
-            vit.load_state_dict(load_file(path))  # a file may hold bf16: copied into fp32 parameters
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{path} is damaged or of another shape ({error})") from error
-        return vit.eval()
+        state, strings = read(path)
+        if "vit" not in strings:
+            raise ValueError(f"{path} holds no ViT of this repository (its metadata name no sizes)")
+        return fill(cls, json.loads(strings["vit"]), state, path)
 
 
 def unlike_a_plain_vit(source: nn.Module) -> str | None:

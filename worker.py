@@ -5,9 +5,12 @@ step, and all runs pass through it. A *runner* takes runs and yields the line th
 order; the numbers are the same bit for bit whichever runner it is, and whichever worker a run meets.
 """
 
+import math
+import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -47,15 +50,17 @@ class Worker:
         if config.compile:  # steps of other shapes would fill up the compiler's list of variants
             shapes = (*key, config.tune, config.share, config.shallow, config.length, config.batch)
             self.keep("compiled", shapes, torch.compiler.reset)
-        images = data.count(training_split(config, data), config.fraction)
-        if images < 1:
-            raise UsageError(f"--fraction {config.fraction:g} leaves no image of {config.task}; take a larger one")
         result = train(config, backbone, data, stop)
+        if stop and result.metrics["epoch"] > stop:  # the line was lost, and the run has gone on since
+            with tempfile.TemporaryDirectory() as folder:
+                result = train(replace(config, out=folder), backbone, data, stop)
         line = {"settings": settings(config), "stop": stop, "status": result.status, "epochs": result.metrics["epoch"]}
         if result.status != "diverged":
             split = "test" if config.final else "val"
             short = result.status == "running"
-            line[split] = evaluate(config, result.model, backbone, data, split) if short else result.metrics[split]
+            value = evaluate(config, result.model, backbone, data, split) if short else result.metrics[split]
+            line |= {"status": "diverged"} if math.isnan(value) else {split: value}
+        images = data.count(training_split(config, data), config.fraction)
         sizes = [sum(p.numel() for p in module.parameters()) for module in (result.model, backbone)]
         return line | {"images": images, "trained": sizes[0], "backbone": sizes[1]}
 
@@ -78,10 +83,13 @@ def on_ray(address: str, device: str, stack: ExitStack) -> Callable:
         raise UsageError("--ray needs Ray, which is not installed: pip install ray") from None
     here, code = address == "local", {"working_dir": str(Path(__file__).parent), "excludes": ["/out", "/data", ".git"]}
     options = {"runtime_env": None if here else code, "log_to_driver": False, "logging_level": "ERROR"}
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
+        if port.isdigit():  # Ray itself would try for minutes, and then end the process
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(None if here else address, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, RuntimeError, ValueError, OverflowError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"no Ray cluster at '{address}' ({reason}); start one there: ray start --head") from None
     stack.callback(ray.shutdown)
     threads, cores, gpus = torch.get_num_threads(), *(int(ray.cluster_resources().get(k, 0)) for k in ("CPU", "GPU"))

@@ -1,11 +1,16 @@
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from data import Dataset, load
+from options import Config
+from train import load_backbone
 from vit import ViT
 
 
@@ -17,3 +22,24 @@ def small_vit() -> ViT:
     for parameter in vit.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     return vit.requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> str:
+    """A file with a ViT of random weights: 16 x 16 images in 4 patches, D 16, 3 layers, 2 heads."""
+    torch.manual_seed(0)
+    vit = ViT(image=16, patch=8, dim=16, n_layer=3, n_head=2)
+    path = tmp_path_factory.mktemp("backbone") / "vit.safetensors"
+    save_file(vit.state_dict(), path, {"vit": json.dumps(vit.sizes)})
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def frozen(small) -> ViT:
+    return load_backbone(Config(backbone=small, device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def digits16() -> Dataset:
+    """The digits as `frozen` reads them."""
+    return load("digits", reads=16)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -198,11 +199,13 @@ print(len(split.pixels), most - before)
 def test_an_epoch_does_not_load_the_cache_into_memory(tmp_path):
     n, side = 4000, 256  # 786 MB in a file with holes, which takes no disk
     path = tmp_path / "t.pixels"
-    index = np.column_stack([np.arange(n) * side * side * 3, np.full((n, 2), side), np.zeros(n)]).astype(np.int64)
+    sums = np.full(n, crc32(bytes(side * side * 3)))
+    columns = [np.arange(n) * side * side * 3, np.full((n, 2), side), np.zeros(n), sums]
+    index = np.column_stack(columns).astype(np.int64)
     with path.open("wb") as file:
         file.truncate(n * side * side * 3)
         file.seek(0, 2)
-        file.write(index.tobytes() + np.int64(n).tobytes())
+        file.write(index.tobytes() + np.array([crc32(index), n]).tobytes())
     ran = subprocess.run(
         [sys.executable, "-c", MEMORY, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
     )

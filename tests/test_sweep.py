@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import statistics
 import subprocess
@@ -161,58 +160,6 @@ def test_fractions_of_the_training_images_make_a_figure_of_their_own(words, tmp_
     assert [row.split(" | ")[1] for row in rows if row.startswith("| digits")] == ["50", "50", "100", "100"]
 
 
-def written(folder: Path) -> set[tuple[Path, int]]:
-    return {(path, path.stat().st_mtime_ns) for path in folder.glob("runs/*/metrics.jsonl")}
-
-
-def start_and_kill(command: list[str], folder: Path, delay: float) -> None:
-    """Kill a sweep `delay` seconds after it has finished an epoch, however long it took to start."""
-    before = written(folder)
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while written(folder) == before:
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(delay)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-
-
-@pytest.mark.slow
-def test_a_sweep_killed_at_random_moments_ends_with_the_same_report(words, backbone, tmp_path):
-    words, rng = [*words, "--halving", "--epochs", "16"], random.Random(0)
-    assert main([*words, "--out", str(tmp_path / "unbroken")]) == 0
-    unbroken, broken = (tmp_path / name / "digits-halving" for name in ("unbroken", "broken"))
-    for kill in range(3):
-        command = [sys.executable, "sweep.py", *words, "--out", str(tmp_path / "broken")]
-        start_and_kill(command, broken, 0.5 * rng.random())
-        torn = broken / "results.jsonl"
-        if kill and torn.exists():
-            torn.write_bytes(torn.read_bytes()[:-20])  # as if the power had failed: half of the last line is missing
-    assert not (broken / "report.md").exists()  # it was never allowed to end
-    assert main([*words, "--out", str(tmp_path / "broken")]) == 0
-    assert numbers(unbroken) == numbers(broken)
-    for name in ("report.md", "report.png"):
-        assert (unbroken / name).read_bytes() == (broken / name).read_bytes()
-
-
-@pytest.mark.slow
-def test_a_second_sweep_on_a_folder_is_refused_while_the_first_is_at_work(words, tmp_path, capsys):
-    command = [sys.executable, "sweep.py", *words, "--epochs", "10000"]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while not (tmp_path / "digits" / "runs").exists():
-            assert first.poll() is None
-            time.sleep(0.1)
-        assert main(words) == 2
-        error = capsys.readouterr().err
-        assert "another sweep is at work" in error
-        assert error.count("\n") == 1
-    finally:
-        first.kill()
-        first.wait()
-    assert main([*words, "--methods", "probe"]) == 0  # a killed sweep leaves no lock
-
-
 def test_halving_drops_the_worse_half_at_each_stage_and_survivors_end_as_in_the_full_grid(words, performed, tmp_path):
     words = [*words, "--methods", "deep", "--epochs", "8"]
     assert stages(parse(words), 8) == [(None, 1)]
@@ -275,28 +222,6 @@ def test_groups_expand_to_the_tasks_that_belong_to_them_and_every_task_comes_onc
     assert expand(["cars", "paper", "digits", "digits"]) == ["cars", *fgvc[:4], "digits"]
     assert len(expand(["vtab"])) == 19
     assert not set(expand(["vtab"])) & set(fgvc)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "sentence"),
-    {
-        "--tasks digitz": "did you mean 'digits'?",
-        "--tasks e2e": "a sweep chooses by accuracy, and e2e is text",
-        "--methods depe": "no method 'depe'; methods: none",
-        "--lr": "--lr needs at least one value",
-        "--lr 0": "--lr is 0.0; it must be positive",
-        "--seed -1": "neither may be negative",
-        "--fraction 0.0001": "leaves no image of digits",
-        "--img-per-s 0": "--img-per-s is 0.0; it must be positive",
-        "--length x": "invalid int value",
-        "--backbone nowhere.safetensors": "nowhere.safetensors",
-    }.items(),
-)
-def test_wrong_input_is_one_sentence_and_exit_code_2(words, wrong, sentence, capsys):
-    assert main([*words, *wrong.split()]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ")
-    assert sentence in error
 
 
 @pytest.mark.slow

@@ -1,0 +1,287 @@
+"""Kills, Ctrl-C, full disks and company cost at most an epoch: real processes, and results that are equal bit for bit.
+
+FAULTS=long pytest tests/test_faults.py         50 kills each instead of 3
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from processes import Started
+from test_pixels import many
+
+import weights
+from data import load
+from options import Config
+from train import train
+
+ROOT = Path(__file__).parent.parent
+KILLS = 50 if os.environ.get("FAULTS") == "long" else 3
+RUN = ["--fraction", "0.1", "--epochs", "8", "--length", "4", "--lr", "1", "--share", "deep", "--device", "cpu"]
+GRID = ["--lr", "1", "5", "--wd", "0", "0.001", "--seed", "42", "44", "--epochs", "8", "--fraction", "0.1", "--halving"]
+
+
+def outcome(folder: Path) -> dict[str, bytes]:
+    """All that a finished run leaves, bit for bit, but its settings, which say where it was made."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "config.json"}
+    if (folder / "prefix.safetensors").exists():
+        state, strings = weights.read(folder / "prefix.safetensors")
+        files["prefix.safetensors"] = weights.digest(state, strings | {"config": ""}).encode()
+    return files
+
+
+def one_sentence(said: str) -> str:
+    """The last line, which is all that went to stderr."""
+    (error,) = [line for line in said.splitlines() if "rror" in line or "Traceback" in line]
+    assert error.startswith("error: "), said
+    return error
+
+
+# Kills.
+
+
+def killed_until_it_ends(script: str, words: list[str], broken: Path, life: float, same: Callable) -> None:
+    """Kill a command at KILLS random moments of its life; whenever it comes to its end, that must be the right one."""
+    rng, kills = random.Random(0), 0
+    while kills < KILLS or broken.exists():
+        process = Started(script, *words, "--out", broken)
+        if kills < KILLS and process.runs(rng.uniform(0, life)):
+            process.stop()
+            kills += process.end()[0] == -signal.SIGKILL
+            continue
+        code, said = process.end()
+        assert code == 0, said
+        same()
+        shutil.rmtree(broken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [["--share", "deep"], ["--tune", "full", "--lr", "0.1"]], ids=["deep", "full"])
+def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(method, tmp_path):
+    words, whole, broken = [*RUN, *method], tmp_path / "whole", tmp_path / "broken"
+    assert Started("train", *words, "--out", tmp_path / "first").end()[0] == 0  # the server of processes is warm
+    start = time.perf_counter()
+    assert Started("train", *words, "--out", whole).end()[0] == 0
+    life, expected = time.perf_counter() - start, outcome(whole)
+
+    def same():
+        assert outcome(broken) == expected
+
+    killed_until_it_ends("train", words, broken, life, same)
+    assert outcome(tmp_path / "first") == expected  # the same seed in another process: the same bits
+    assert Started("train", *words, "--seed", "7", "--out", whole / "other").end()[0] == 0
+    assert outcome(whole / "other") != expected
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_at_random_moments_ends_in_the_same_report(small, tmp_path):
+    words, whole, broken = [*GRID, "--backbone", small, "--device", "cpu"], tmp_path / "whole", tmp_path / "broken"
+    start = time.perf_counter()
+    assert Started("sweep", *words, "--out", whole).end()[0] == 0
+    life, names = time.perf_counter() - start, ("report.md", "report.png")
+
+    def same():
+        ended, expected = broken / "digits-halving", whole / "digits-halving"
+        assert [(ended / name).read_bytes() for name in names] == [(expected / name).read_bytes() for name in names]
+        assert lines(ended) == lines(expected)
+
+    killed_until_it_ends("sweep", words, broken, life, same)
+    assert len(lines(whole / "digits-halving")) == 2 * (4 + 2 + 1 + 1 + 2)  # of two methods: the stages, the seeds
+
+
+def lines(folder: Path) -> list[str]:
+    return sorted((folder / "results.jsonl").read_text().splitlines())
+
+
+class Dead(BaseException):
+    """The process is no more."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [{"share": "deep"}, {"tune": "full", "lr": 0.1}, {"lr": 1e30}])
+def test_a_process_may_die_before_any_of_its_touches_of_the_disk(method, frozen, digits16, tmp_path, monkeypatch):
+    quick = {"fraction": 0.05, "epochs": 2, "length": 2, "lr": 1.0, "wd": 0.001, "device": "cpu"}
+    config = Config(**quick | method, out=str(tmp_path / "whole"))
+    train(config, frozen, digits16)
+    touches, last = 0, 10**6
+
+    def mortal(touch):
+        def touched(*words, **named):
+            nonlocal touches
+            touches += 1
+            if touches >= last:
+                raise Dead  # and from now on at every touch: there is no tidying up after a kill
+            return touch(*words, **named)
+
+        return touched
+
+    with monkeypatch.context() as patch:
+        for place, name in ((os, "fsync"), (Path, "replace"), (Path, "unlink"), (Path, "open")):
+            patch.setattr(place, name, mortal(getattr(place, name)))
+        train(replace(config, out=str(tmp_path / "count")), frozen, digits16)
+        count = touches
+        for last in range(1, count + 1):
+            out, touches = tmp_path / str(last), 0
+            with pytest.raises(Dead):
+                train(replace(config, out=str(out)), frozen, digits16)
+    for last in range(1, count + 1):
+        train(replace(config, out=str(tmp_path / str(last))), frozen, digits16)
+        assert outcome(tmp_path / str(last)) == outcome(tmp_path / "whole")
+    assert count > 10
+
+
+GOES_ON = "stopped; the same command goes on from the last finished epoch"
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_shell_ends_in_a_sentence_and_130(tmp_path):
+    command = [sys.executable, "train.py", *RUN, "--epochs", "10000", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "state.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert (process.communicate()[1].splitlines()[-1], process.returncode) == (GOES_ON, 130)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train", "sweep"])
+def test_ctrl_c_at_random_moments_ends_in_a_sentence_and_the_same_command_goes_on(script, small, tmp_path):
+    words, rng, stopped = RUN if script == "train" else [*GRID, "--backbone", small], random.Random(0), 0
+    start = time.perf_counter()
+    assert Started(script, *words, "--out", tmp_path / "whole").end()[0] == 0
+    life, broken = time.perf_counter() - start, tmp_path / "broken"
+    for _ in range(KILLS):
+        process = Started(script, *words, "--out", broken)
+        if process.runs(rng.uniform(0.2, 0.6) * life):
+            process.stop(signal.SIGINT)
+        code, said = process.end()
+        stopped += code == 130
+        assert code == 0 or (code, said.splitlines()[-1]) == (130, GOES_ON), said
+        assert "Traceback" not in said
+    assert stopped > 0
+    assert Started(script, *words, "--out", broken).end()[0] == 0
+    for path in (tmp_path / "whole").rglob("metrics.jsonl"):
+        assert path.read_bytes() == (broken / path.relative_to(tmp_path / "whole")).read_bytes()
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_images_are_decoded_ends_in_a_sentence_and_leaves_nothing(tmp_path):
+    (tmp_path / "mine").mkdir()
+    many(tmp_path / "mine" / "a", 300)
+    process = Started("data", tmp_path / "mine", "--data-dir", tmp_path / "data")
+    while not list(tmp_path.rglob("*.part")) and process.runs(0.002):
+        pass
+    process.stop(signal.SIGINT)  # the terminal sends it to the decoding workers too
+    assert process.end() == (130, "stopped; the same command goes on where it was\n")
+    assert not [path for path in tmp_path.rglob("*.pixels*") if path.suffix != ".lock"]
+    assert Started("data", tmp_path / "mine", "--data-dir", tmp_path / "data").end()[0] == 0
+
+
+# Full disks: no file may be larger than so many bytes.
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_a_checkpoint_or_a_line_of_metrics_costs_nothing_but_time(tmp_path):
+    out, words = tmp_path / "run", [*RUN, "--lr", "1e30"]  # diverges, so that its first file is its metrics
+    code, said = Started("train", *words, "--out", out, most=10).end()
+    assert (code, list(out.parent.iterdir())) == (2, [])
+    assert "config.json cannot be written (File too large); make room" in one_sentence(said)
+    out.mkdir()
+    shutil.copy(config_of(words, tmp_path), out / "config.json")
+    code, said = Started("train", *words, "--out", out, most=10).end()
+    assert (code, [path.name for path in out.iterdir()]) == (2, ["config.json"])
+    assert "metrics.jsonl cannot be written (File too large); make room" in one_sentence(said)
+    assert Started("train", *words, "--out", out).end()[0] == 3  # there is room again: it diverges, as it should
+    shutil.rmtree(out)
+    code, said = Started("train", *RUN, "--out", out, most=5000).end()
+    assert (code, [path.name for path in out.iterdir()]) == (2, ["config.json"])
+    assert "state.pt cannot be written (File too large); make room" in one_sentence(said)
+    for folder in (out, tmp_path / "whole"):
+        assert Started("train", *RUN, "--out", folder).end()[0] == 0
+    assert outcome(out) == outcome(tmp_path / "whole")
+
+
+def config_of(words: list[str], tmp_path: Path) -> Path:
+    assert Started("train", *words, "--out", tmp_path / "elsewhere").end()[0] == 3
+    return tmp_path / "elsewhere" / "config.json"
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_the_cache_or_the_results_costs_nothing_but_time(small, tmp_path):
+    (tmp_path / "mine").mkdir()
+    many(tmp_path / "mine" / "a", 20)
+    words = [tmp_path / "mine", "--data-dir", tmp_path / "data"]
+    code, said = Started("data", *words, most=50_000).end()
+    assert code == 2
+    assert "cannot be written (File too large); give a folder on a disk with room" in one_sentence(said)
+    assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert Started("data", *words).end()[0] == 0
+    words = [*GRID, "--no-halving", "--backbone", small, "--out", tmp_path / "out", "--methods", "probe"]
+    assert Started("sweep", *words).end()[0] == 0
+    results = tmp_path / "out" / "digits" / "results.jsonl"
+    expected = results.read_bytes()
+    results.unlink()
+    code, said = Started("sweep", *words, most=100).end()
+    assert code == 2
+    assert "results.jsonl cannot be written (File too large); make room" in one_sentence(said)
+    assert Started("sweep", *words).end()[0] == 0
+    assert results.read_bytes() == expected  # nothing that had finished was lost
+
+
+# Company.
+
+
+@pytest.mark.slow
+def test_a_second_process_on_a_folder_is_refused_and_a_copy_of_it_goes_on(tmp_path):
+    words = [*RUN, "--epochs", "60"]
+    first = Started("train", *words, "--out", tmp_path / "run")
+    while not (tmp_path / "run" / "state.pt").exists() and first.runs(0.01):
+        pass
+    code, said = Started("train", *words, "--out", tmp_path / "run").end()
+    assert code == 2
+    assert f"another process is at work in {tmp_path / 'run'}; wait for it" in one_sentence(said)
+    subprocess.run(["cp", "-r", tmp_path / "run", tmp_path / "copy"], capture_output=True)  # while it is written to
+    assert first.end()[0] == 0
+    assert Started("train", *words, "--out", tmp_path / "copy").end()[0] == 0
+    assert outcome(tmp_path / "copy") == outcome(tmp_path / "run")
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+@pytest.mark.slow
+def test_a_second_sweep_on_a_folder_is_refused_while_the_first_is_at_work(small, tmp_path):
+    words = [*GRID, "--backbone", small, "--out", tmp_path, "--methods", "probe"]
+    first = Started("sweep", *words, "--epochs", "10000")
+    while not (tmp_path / "digits-halving" / "runs").exists() and first.runs(0.01):
+        pass
+    code, said = Started("sweep", *words).end()
+    assert code == 2
+    assert "another process is at work" in one_sentence(said)
+    first.stop()
+    assert first.end()[0] == -signal.SIGKILL
+    assert Started("sweep", *words).end()[0] == 0  # a killed sweep leaves no lock
+
+
+@pytest.mark.slow
+def test_of_two_processes_on_one_cache_the_second_takes_over_when_the_first_is_killed(tmp_path):
+    (tmp_path / "mine").mkdir()
+    many(tmp_path / "mine" / "a", 200)
+    words = [tmp_path / "mine", "--data-dir", tmp_path / "data"]
+    first = Started("data", *words)
+    while not list(tmp_path.rglob("*.part")) and first.runs(0.002):
+        pass
+    second = Started("data", *words)
+    assert second.runs(0.5)
+    first.stop()
+    assert first.end()[0] == -signal.SIGKILL
+    code, said = second.end()
+    assert code == 0
+    assert "another process is making" in said
+    assert load(str(tmp_path / "mine"), tmp_path / "data", 224).count("train") == 160
