@@ -32,9 +32,9 @@ GRID = ["--lr", "1", "5", "--wd", "0", "0.001", "--seed", "42", "44", "--epochs"
 def outcome(folder: Path) -> dict[str, bytes]:
     """All that a finished run leaves, bit for bit, but its settings, which say where it was made."""
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "config.json"}
-    if (folder / "prefix.safetensors").exists():
-        state, strings = weights.read(folder / "prefix.safetensors")
-        files["prefix.safetensors"] = weights.digest(state, strings | {"config": ""}).encode()
+    for path in folder.glob("*.safetensors"):  # the order of the strings in their headers is any
+        state, strings = weights.read(path)
+        files[path.name] = weights.digest(state, strings | {"config": ""}).encode()
     return files
 
 

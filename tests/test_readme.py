@@ -88,7 +88,7 @@ def test_every_command_of_the_readme_runs(command, world, monkeypatch):
         words = [runs(word) for word in words]
     shortened = [*words, *SHORT[name].split()]
     if "photos/" in words:
-        shortened += ["--backbone", "tiny"]
+        shortened += ["--backbone", "tiny", "--fraction", "1"]
     if "pairs.jsonl" in words:
         shortened += ["--backbone", "tiny_gpt"]
     if name == "sweep" and "--fraction" not in words and "--dry-run" not in words:
