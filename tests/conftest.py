@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from local_server import serve
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import download
 from data import Dataset, load
 from options import Config
 from train import load_backbone
@@ -43,3 +45,12 @@ def frozen(small) -> ViT:
 def digits16() -> Dataset:
     """The digits as `frozen` reads them."""
     return load("digits", reads=16)
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A web server on this machine, for what a test puts into tmp_path / "site"."""
+    (tmp_path / "site").mkdir()
+    monkeypatch.setattr(download, "PAUSE", 0.001)
+    with serve(tmp_path / "site") as server:
+        yield server

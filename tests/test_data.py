@@ -11,12 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from local_server import serve
 from PIL import Image
 
 import benchmarks
 import data
-import download
 import train
 from data import load
 
@@ -83,14 +81,6 @@ def publish_vtab(tasks: list[str], folder: Path, url: str, patch) -> None:
                 for name, number in zip(names, numbers, strict=True):
                     archive.writestr(f"vtab-1k/{task}/{name}", jpeg(number))
     patch.setattr(benchmarks, "VTAB", replace(benchmarks.VTAB, urls=(f"{url}/vtab-1k.zip",)))
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    (tmp_path / "site").mkdir()
-    monkeypatch.setattr(download, "PAUSE", 0.001)
-    with serve(tmp_path / "site") as server:
-        yield server
 
 
 def run(task: str, tmp_path: Path) -> int:

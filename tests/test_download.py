@@ -12,7 +12,6 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from local_server import serve
 
 import download
 from download import UsageError, fetch, obtain, write
@@ -23,13 +22,10 @@ MD5 = f"md5:{hashlib.md5(CONTENT).hexdigest()}"
 
 
 @pytest.fixture
-def site(tmp_path, monkeypatch):
-    (tmp_path / "site").mkdir()
+def site(site, tmp_path):
     (tmp_path / "site" / "file.bin").write_bytes(CONTENT)
     (tmp_path / "got").mkdir()
-    monkeypatch.setattr(download, "PAUSE", 0.001)
-    with serve(tmp_path / "site") as server:
-        yield server
+    return site
 
 
 def test_a_connection_cut_in_the_middle_goes_on_where_it_was(site, tmp_path):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import data as data_module
@@ -28,19 +27,9 @@ ROOT = Path(__file__).parent.parent
 GRID = ["--lr", "1", "5", "--wd", "0", "0.001", "--seed", "42", "44", "--epochs", "2", "--fraction", "0.1"]
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory) -> str:
-    """A file with a frozen ViT of random weights: 16 x 16 images in 4 patches, D 16, 3 layers, 2 heads."""
-    torch.manual_seed(0)
-    vit = ViT(image=16, patch=8, dim=16, n_layer=3, n_head=2)
-    path = tmp_path_factory.mktemp("backbone") / "vit.safetensors"
-    save_file(vit.state_dict(), path, {"vit": json.dumps(vit.sizes)})
-    return str(path)
-
-
 @pytest.fixture
-def words(backbone, tmp_path) -> list[str]:
-    return [*GRID, "--backbone", backbone, "--out", str(tmp_path), "--device", "cpu"]
+def words(small, tmp_path) -> list[str]:
+    return [*GRID, "--backbone", small, "--out", str(tmp_path), "--device", "cpu"]
 
 
 @pytest.fixture
@@ -192,13 +181,13 @@ def test_the_planned_flops_of_a_step_are_within_15_percent_of_those_counted_in_a
 
 
 def test_the_plan_of_a_paper_like_task_is_within_15_percent_of_what_its_runs_are_counted_to_need(
-    monkeypatch, words, backbone, capsys
+    monkeypatch, words, small, capsys
 ):
     digits = TASKS["digits"]
-    task = replace(digits, group="FGVC", final="train", backbone=backbone, epochs=2, settings={"deep": (6, 1.0, 0.0)})
+    task = replace(digits, group="FGVC", final="train", backbone=small, epochs=2, settings={"deep": (6, 1.0, 0.0)})
     for module in (data_module, sweep_module):
         monkeypatch.setattr(module, "TASKS", {"digits": digits, "birds": task})
-    words = [w for w in words if w not in ("--backbone", backbone, "--epochs", "2", "--fraction", "0.1")]
+    words = [w for w in words if w not in ("--backbone", small, "--epochs", "2", "--fraction", "0.1")]
     words = ["--tasks", "paper", "--methods", "deep", "--lr", "1", "--wd", "0", "--seed", "1", "2", *words[-4:]]
     assert main([*words, "--dry-run", "--img-per-s", "1000"]) == 0
     (row,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("birds")]

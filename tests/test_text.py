@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from local_server import serve
 from pyarrow import parquet
 
 import download
@@ -54,14 +53,6 @@ def put(folder: Path, files: dict[str, str | bytes]) -> None:
 
 def sha256(content: str) -> str:
     return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    (tmp_path / "site").mkdir()
-    monkeypatch.setattr(download, "PAUSE", 0.001)
-    with serve(tmp_path / "site") as server:
-        yield server
 
 
 def publish_e2e(site, patch) -> None:
