@@ -1,10 +1,10 @@
-"""How fast it is, against what a user would take instead (peers.py), and how far from what the machine can do.
+"""How fast it is, against what a user would take instead (support/peers.py), and how far from what the machine can do.
 
     python bench.py                     every row
     python bench.py vit gpt             some of them
     python bench.py --json FILE         the same figures for a program
 
-How it is measured: measure.py. Read the ratios; a time depends on the machine and on what else it does.
+How it is measured: support/measure.py. Read the ratios; a time depends on the machine and on what else it does.
 """
 
 import json
@@ -22,15 +22,26 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import peers
 import sweep
 from data import TASKS, Dataset, UsageError, load, normalise, write
-from measure import DEVICE, PEAKS, Figures, flops, kept_for_backward, matrix_rate, peak_memory, rate, table, timed
-from measure import types as number_types
-from options import Config, Parser, prepare_process, resolve
-from pixels import Split
+from support import peers
+from support.measure import (
+    DEVICE,
+    PEAKS,
+    Figures,
+    flops,
+    kept_for_backward,
+    matrix_rate,
+    peak_memory,
+    rate,
+    table,
+    timed,
+)
+from support.measure import types as number_types
+from support.options import Config, Parser, prepare_process, resolve
+from support.pixels import Split
+from support.usage import exit_code
 from train import Tuned, image_loss, make_optimizer, text_loss, use_bf16
-from usage import exit_code
 from vit import ViT, attend_fused
 
 BATCH, LENGTH, CLASSES = 8, 10, 200  # of rows `vit`; on CUDA the protocol's batch of 64

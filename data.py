@@ -5,8 +5,8 @@
     python data.py photos/      the same for a folder of your own images
 
 FGVC, VTAB-1K and the text tasks come over the network, unless the folder given with --data-dir holds them in one of
-their usual layouts; benchmarks.py and text.py have their addresses and the published settings. How images become
-batches: pixels.py; how texts do: text.py.
+their usual layouts; support/benchmarks.py and support/text.py have their addresses and the published settings. How
+images become batches: support/pixels.py; how texts do: support/tokens.py.
 """
 
 import difflib
@@ -26,12 +26,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.datasets import FashionMNIST, ImageFolder
 
-import benchmarks
-from benchmarks import SPLITS
-from download import UsageError, fetch, write
-from pixels import Dataset, Split, normalise, prepare_all, stratified
-from text import TEXT_TASKS, Text, encoding, load_jsonl
-from usage import Parser, exit_code
+from support import benchmarks
+from support.benchmarks import SPLITS
+from support.download import UsageError, fetch, write
+from support.pixels import Dataset, Split, normalise, prepare_all, stratified
+from support.text import TEXT_TASKS, Text, encoding, load_jsonl
+from support.usage import Parser, exit_code
 
 __all__ = ["TASKS", "Dataset", "Split", "Task", "Text", "UsageError", "find", "load", "normalise", "title", "write"]
 

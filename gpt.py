@@ -26,8 +26,8 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 import decode
+from support.weights import fill, read
 from vit import Attention, mix
-from weights import fill, read
 
 HUB = {  # repositories openai-community/NAME
     "gpt2": {"dim": 768, "n_layer": 12, "n_head": 12},

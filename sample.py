@@ -6,7 +6,7 @@
     python sample.py RUN "name : Aromi | food : Thai"       the text for a source, or for each line of a file
 
 RUN is a folder that train.py left. It knows its task, classes, backbone and settings; the data set is not needed.
-What the pictures show: explain.py.
+What the pictures show: support/explain.py.
 """
 
 import argparse
@@ -24,16 +24,16 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-import checkpoint
 from data import UsageError, write
-from explain import experts_picture, image_picture, text_picture
 from gpt import GPT
-from options import Config, Parser, add_options, device, method, opt
-from pixels import Files, crop
-from report import png
-from text import Pair, Template, Text, encoding
+from support import checkpoint
+from support.explain import experts_picture, image_picture, text_picture
+from support.options import Config, Parser, add_options, device, method, opt
+from support.pixels import Files, crop
+from support.report import png
+from support.text import Pair, Template, Text, encoding
+from support.usage import exit_code
 from train import BAR, WRITE, Tuned, open_backbone, use_bf16
-from usage import exit_code
 from vit import ViT
 
 TOP, BATCH = 5, 64

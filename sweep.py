@@ -8,7 +8,8 @@ The protocol (Jia et al., ECCV 2022; Le et al., ICLR 2025, section 5): train all
 decays on the train split; take the one with the best val accuracy after its last epoch (ties: the smaller learning
 rate, then the smaller weight decay); train it with five seeds on the split the protocol names, and test each once.
 
-All runs pass through one process on one backbone and one decoded data set (worker.py), or with `--ray` through several.
+All runs pass through one process on one backbone and one decoded data set, or with `--ray` through several
+(support/worker.py).
 What a run found is one line of OUT/TASK/results.jsonl: a sweep that was killed goes on, a finished one only redraws.
 """
 
@@ -32,15 +33,13 @@ from typing import Literal, get_args, get_origin
 import torch
 from tqdm import tqdm
 
-import checkpoint
-import plan
-import report
 from data import TASKS, UsageError, find, title, write
-from options import Config, Parser, add_options, opt, resolve
 from prefix import SHARE
+from support import checkpoint, plan, report
+from support.options import Config, Parser, add_options, opt, resolve
+from support.usage import GOES_ON, exit_code
+from support.worker import Worker, in_turn, on_ray, settings
 from train import BAR
-from usage import GOES_ON, exit_code
-from worker import Worker, in_turn, on_ray, settings
 
 METHODS = {share: {"share": share} for share in SHARE}
 METHODS |= {f"{share}-shallow": {"share": share, "shallow": True} for share in SHARE}

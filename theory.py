@@ -48,12 +48,12 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 from tqdm import tqdm
 
-from checkpoint import alone
-from download import UsageError, write
-from options import Parser, add_options, opt
-from report import png
+from support.checkpoint import alone
+from support.download import UsageError, write
+from support.options import Parser, add_options, opt
+from support.report import png
+from support.usage import exit_code
 from train import BAR
-from usage import exit_code
 
 KINDS = {"non-shared": "tab:gray", "shared": "tab:blue", "one-layer": "tab:orange", "learned": "tab:green"}
 LENGTHS, STYLES = (1, 2, 3), {1: ":", 2: "--", 3: "-"}  # L', where L = 1

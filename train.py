@@ -27,13 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import checkpoint
 from data import Dataset, Text, UsageError, find, load, normalise, write
 from gpt import GPT
-from options import Config, check, method, parser, prepare_process, resolve
 from prefix import Prefix
-from scores import score
-from usage import GOES_ON, exit_code
+from support import checkpoint
+from support.options import Config, check, method, parser, prepare_process, resolve
+from support.scores import score
+from support.usage import GOES_ON, exit_code
 from vit import ViT
 
 BAR = {"mininterval": 0.2 if sys.stderr.isatty() else 30, "dynamic_ncols": True, "leave": None, "delay": 2}

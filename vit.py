@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weights import fill, read
+from support.weights import fill, read
 
 IN21K = "vit_base_patch16_224.orig_in21k"  # the checkpoint of VPT and of the paper, as timm names it
 TINY = {"image": 32, "patch": 8, "dim": 32, "n_layer": 8, "n_head": 4}

@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import download
 from data import Dataset, load
-from options import Config
+from support import download
+from support.options import Config
 from train import load_backbone
 from vit import ViT
 

@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import sweep
-from worker import Worker
+from support.worker import Worker
 
 NAMES = ("MB of memory", "open files", "threads")
 

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
-import peers
 import vit
 from bench import main
 from data import load
 from gpt import GPT
-from measure import timed
-from options import Config, resolve
 from prefix import SHARE
+from support import peers
+from support.measure import timed
+from support.options import Config, resolve
 from train import Tuned, image_loss, make_optimizer, text_loss, train
 from vit import ViT
 

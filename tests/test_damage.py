@@ -14,13 +14,13 @@ import pytest
 import torch
 from test_pixels import many, picture
 
-import checkpoint
 import data as data_module
 import sweep
 from data import ASSETS, Dataset, UsageError, load
 from gpt import GPT
-from options import Config, resolve
-from pixels import prepare
+from support import checkpoint
+from support.options import Config, resolve
+from support.pixels import prepare
 from train import Tuned, make_optimizer, open_backbone, train
 from vit import ViT
 

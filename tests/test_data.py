@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import benchmarks
 import data
 import train
 from data import load
+from support import benchmarks
 
 SCRATCH = ["--backbone", "scratch", "--device", "cpu", "--batch", "4", "--epochs", "1", "--length", "2"]
 

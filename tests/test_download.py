@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-import download
-from download import UsageError, fetch, obtain, write
+from support import download
+from support.download import UsageError, fetch, obtain, write
 
 ROOT = Path(__file__).parent.parent
 CONTENT = bytes(range(256)) * 4000  # about 1 MB
@@ -68,7 +68,7 @@ def test_a_checksum_that_nobody_published_is_recorded_and_held_to(site, tmp_path
 def test_a_download_that_was_killed_goes_on_in_the_next_process(site, tmp_path):
     (tmp_path / "site" / "file.bin").write_bytes(CONTENT * 60)
     code = (
-        "import sys, time; from pathlib import Path; import download\n"
+        "import sys, time; from pathlib import Path; from support import download\n"
         "real = download.urlopen\n"
         "def slow(*a, **k):\n"
         "    answer = real(*a, **k); read = answer.read\n"

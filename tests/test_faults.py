@@ -18,9 +18,9 @@ import pytest
 from processes import Started
 from test_pixels import many
 
-import weights
 from data import load
-from options import Config
+from support import weights
+from support.options import Config
 from train import train
 
 ROOT = Path(__file__).parent.parent

@@ -21,9 +21,9 @@ import sample
 import sweep
 import train
 from data import UsageError, load, title
-from download import obtain
-from options import Config, resolve
-from pixels import prepare
+from support.download import obtain
+from support.options import Config, resolve
+from support.pixels import prepare
 from vit import TINY
 
 # Archives.

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-import restaurants
 import sample
 from data import load
-from explain import gates_of
 from gpt import GPT
-from options import Config, resolve
-from text import Pair, Template, Text, encoding
+from support import restaurants
+from support.explain import gates_of
+from support.options import Config, resolve
+from support.text import Pair, Template, Text, encoding
 from train import Tuned, evaluate, learning_rate, load_backbone, main, make_optimizer, text_loss, train
 
 SOURCES = ["name : Zizzi | food : Thai", "name : Aromi | area : river", "name : Café É", "near : Bibimbap"]

@@ -16,11 +16,11 @@ from test_pixels import many
 
 import train as train_module
 from data import UsageError
-from options import Config, resolve
-from pixels import prepare
+from support.options import Config, resolve
+from support.pixels import prepare
+from support.worker import Worker
 from train import main, train
 from vit import ViT
-from worker import Worker
 
 QUICK = {"fraction": 0.05, "epochs": 3, "length": 2, "lr": 1.0, "wd": 0.001, "device": "cpu"}
 

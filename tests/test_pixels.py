@@ -19,10 +19,10 @@ from torchvision import transforms
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import functional
 
-import pixels
 import train
 from data import UsageError, load
-from pixels import IMAGENET_MEAN, IMAGENET_STD, Dataset, Split, crop, normalise, prepare, stratified
+from support import pixels
+from support.pixels import IMAGENET_MEAN, IMAGENET_STD, Dataset, Split, crop, normalise, prepare, stratified
 
 ROOT = Path(__file__).parent.parent
 
@@ -142,7 +142,7 @@ def test_two_processes_at_once_decode_once_and_hold_the_same_pixels(tmp_path):
 def test_a_kill_while_decoding_leaves_nothing_that_is_taken_for_whole(tmp_path):
     files = many(tmp_path / "images")
     code = (
-        f"from pathlib import Path; from pixels import prepare; base = Path({str(tmp_path / 'images')!r})\n"
+        f"from pathlib import Path; from support.pixels import prepare; base = Path({str(tmp_path / 'images')!r})\n"
         f"prepare(Path({str(tmp_path / 'cache')!r}), 't', base, {files!r}, 256)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
@@ -183,7 +183,7 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from pixels import Dataset, Split
+from support.pixels import Dataset, Split
 split = Split.open(Path(sys.argv[1]))
 data = Dataset("t", ["a"], 224, True, "train", {"train": split})
 def resident():

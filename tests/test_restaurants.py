@@ -4,8 +4,8 @@ from itertools import chain
 
 import pytest
 
-import restaurants
-from text import TEXT_TASKS, Pair, Text, encoding
+from support import restaurants
+from support.text import TEXT_TASKS, Pair, Text, encoding
 
 BYTES = encoding("bytes")
 

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 from data import ASSETS, load, normalise
-from explain import cosines, effective_rank, gates_of, last_layer, prefix_share, rollout
-from options import Config
-from pixels import stratified
 from sample import Options, main, open_run
+from support import checkpoint
+from support.explain import cosines, effective_rank, gates_of, last_layer, prefix_share, rollout
+from support.options import Config
+from support.pixels import stratified
 from train import load_backbone, train
 
 QUICK = {"task": "digits", "fraction": 0.2, "epochs": 2, "length": 4, "lr": 2.5, "wd": 0.0}

@@ -7,8 +7,8 @@ import nltk
 import pytest
 import sacrebleu
 
-from scores import score
-from text import Pair
+from support.scores import score
+from support.text import Pair
 
 PAIRS = [
     Pair("a", ["The cat sat on the mat.", "A cat was sitting on the mat.", "On the mat sat a cat, of course."], "seen"),

@@ -15,10 +15,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import data as data_module
-import plan
-import report
 import sweep as sweep_module
 from data import TASKS, Dataset
+from support import plan, report
 from sweep import METHODS, best, expand, main, parse, stages
 from train import Config, Tuned, image_loss, resolve
 from vit import ViT

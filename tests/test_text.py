@@ -10,11 +10,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-import download
-import text
-from download import UsageError
-from text import TEXT_TASKS, Pair, Text, encoding
-from tokens import EOT
+from support import download, text
+from support.download import UsageError
+from support.text import TEXT_TASKS, Pair, Text, encoding
+from support.tokens import EOT
 
 BYTES = encoding("bytes")
 E2E = {  # commas, quotes, a line break in a reference, several references apart from each other, non-ASCII text

@@ -9,9 +9,9 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-from download import UsageError
-from text import Pair, Template, Text, encoding
-from tokens import EOT
+from support.download import UsageError
+from support.text import Pair, Template, Text, encoding
+from support.tokens import EOT
 
 BYTES = encoding("bytes")
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import download
 import train as train_module
 from data import Dataset, Split, load, normalise
+from support import download
 from train import (
     Config,
     Tuned,

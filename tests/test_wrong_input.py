@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 import data
-from options import Config, resolve
+from support.options import Config, resolve
+from support.usage import UsageError, exit_code
 from train import load_backbone, train
-from usage import UsageError, exit_code
 
 ROOT = Path(__file__).parent.parent
 LONG = "a" * 300

@@ -26,7 +26,7 @@ from urllib.request import Request, urlopen
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from usage import UsageError
+from support.usage import UsageError
 
 PAUSE, PATIENCE = 1.0, 5  # seconds before the second try, doubled for each further one; tries in vain before giving up
 NETWORK = (URLError, HTTPException, ConnectionError, TimeoutError, SSLError)  # any other OSError is the disk's

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from itertools import zip_longest
 from statistics import fmean
 
-from tokens import Pair
+from support.tokens import Pair
 
 References = list[list[str]]  # of every output
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 
-from tokens import Pair
+from support.tokens import Pair
 
 SYLLABLES = (
     "ba",

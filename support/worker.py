@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 from data import UsageError, load
-from options import Config, prepare_process
+from support import checkpoint
+from support.options import Config, prepare_process
 from train import evaluate, load_backbone, train, training_split
 
 
@@ -81,7 +81,10 @@ def on_ray(address: str, device: str, stack: ExitStack) -> Callable:
         from ray.util import ActorPool
     except ImportError:
         raise UsageError("--ray needs Ray, which is not installed: pip install ray") from None
-    here, code = address == "local", {"working_dir": str(Path(__file__).parent), "excludes": ["/out", "/data", ".git"]}
+    here, code = (
+        address == "local",
+        {"working_dir": str(Path(__file__).parent.parent), "excludes": ["/out", "/data", ".git"]},
+    )
     options = {"runtime_env": None if here else code, "log_to_driver": False, "logging_level": "ERROR"}
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:

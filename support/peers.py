@@ -20,7 +20,7 @@ from torchvision.datasets import ImageFolder
 
 from data import UsageError, normalise
 from gpt import GPT, converted
-from pixels import IMAGENET_MEAN, IMAGENET_STD
+from support.pixels import IMAGENET_MEAN, IMAGENET_STD
 from train import Tuned, image_loss
 from vit import ViT
 

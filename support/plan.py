@@ -15,8 +15,8 @@ from dataclasses import replace
 import torch
 
 from data import UsageError, find
-from options import Config, method
 from prefix import Prefix
+from support.options import Config, method
 from train import Tuned, image_loss, load_backbone, make_optimizer, use_bf16
 from vit import ViT
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from download import UsageError, digest, fetch, obtain, verify
-from pixels import prepare_all
+from support.download import UsageError, digest, fetch, obtain, verify
+from support.pixels import prepare_all
 
 SPLITS = ("train", "val", "test")
 UNPACKED = "unpacked"  # data/cub/unpacked/ holds what the archive of cub held

@@ -4,7 +4,7 @@ A .safetensors file holds tensors and a table of strings, and reading it runs no
 that the disk has turned: the weights would be used as they are, and give a wrong number without a word. So `pack` adds
 a string "sha256" over all tensors and all other strings, and `read` compares. Files of others have none, and are taken
 as they are. A file that comes without one, such as an asset made elsewhere, is given one by
-    python -c "import sys, weights; weights.seal(sys.argv[1])" FILE
+    python -c "import sys; from support import weights; weights.seal(sys.argv[1])" FILE
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
-from download import write
+from support.download import write
 
 State = dict[str, Tensor]
 Model = TypeVar("Model", bound=nn.Module)

@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-import restaurants
-from benchmarks import SPLITS, UNPACKED, places
-from download import UsageError, fetch, obtain, verify
-from tokens import Pair, Template, Text, encoding
+from support import restaurants
+from support.benchmarks import SPLITS, UNPACKED, places
+from support.download import UsageError, fetch, obtain, verify
+from support.tokens import Pair, Template, Text, encoding
 
 __all__ = ["TEXT_TASKS", "Pair", "Template", "Text", "TextTask", "encoding", "load_jsonl"]
 

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import Resize
 from tqdm import tqdm
 
-from download import UsageError, inside, need, once
+from support.download import UsageError, inside, need, once
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what Pillow raises

@@ -25,8 +25,8 @@ from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from torch import nn
 
-import weights
 from data import UsageError, write
+from support import weights
 
 UNSEEN = {"out", "data_dir", "device", "compile"}  # settings that may change while a run is under way
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from data import Dataset, Text, UsageError, find, title
 from prefix import SHARE
-from usage import Parser
+from support.usage import Parser
 
 
 def opt(default, help):

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from download import UsageError
-from pixels import ahead
+from support.download import UsageError
+from support.pixels import ahead
 
 EOT = "<|endoftext|>"
 VOCABULARY = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"  # whence tiktoken has GPT-2's
