@@ -93,7 +93,8 @@ def on_ray(address: str, device: str, stack: ExitStack) -> Callable:
         ray.init(None if here else address, **options)
     except (OSError, RuntimeError, ValueError, OverflowError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"no Ray cluster at '{address}' ({reason}); start one there: ray start --head") from None
+        mend = "start one there: ray start --head; or, if it asks for its token, set RAY_AUTH_MODE=token here"
+        raise UsageError(f"no Ray cluster at '{address}' ({reason}); {mend}") from None
     stack.callback(ray.shutdown)
     threads, cores, gpus = torch.get_num_threads(), *(int(ray.cluster_resources().get(k, 0)) for k in ("CPU", "GPU"))
     count, share = max(1, cores // threads), {"num_cpus": min(threads, cores)}
