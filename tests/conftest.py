@@ -1,4 +1,5 @@
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from support import download
 from support.options import Config
 from train import load_backbone
 from vit import ViT
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a pytest in the background would ignore Ctrl-C
 
 
 @pytest.fixture
