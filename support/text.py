@@ -278,7 +278,7 @@ TEXT_TASKS = {
         sizes={"train": 2_400, "val": 90, "test": 270},
         backbone="tiny_gpt",
         epochs=10,
-        lr={"none": 3e-2, "deep": 2e-3},
+        lr={"none": 0.3, "deep": 2e-3},
     ),
     "guidebook": TextTask(
         load_guidebook,
