@@ -14,7 +14,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -54,7 +56,7 @@ def images(batch: int) -> tuple[Tensor, Tensor]:
     return pixels.to(DEVICE), torch.randint(CLASSES, (batch,), generator=made).to(DEVICE)
 
 
-def our_model(dtype: str, length: int = LENGTH, peer: peers.Peer | None = None) -> tuple[Config, Tuned, ViT]:
+def our_model(dtype: Any, length: int = LENGTH, peer: peers.Peer | None = None) -> tuple[Config, Tuned, ViT]:
     """This repository's Deep-share on ViT-B/16; with `peer`: with that one's weights."""
     config = resolve(Config(task="cub", share="deep", length=length, dtype=dtype, lr=1e-3, wd=0.0))
     vit = ViT().to(DEVICE).requires_grad_(False)
@@ -104,7 +106,7 @@ def row_vit(rounds: int, compiled: bool) -> Figures:
     made = table(f"training step, ViT-B/16, Deep-share, batch {BATCH}", times, "peer fp32", BATCH, "img")
     made |= count_and_compare(steps, times, rounds)
 
-    def evaluate(t: str) -> Callable[[], Tensor]:
+    def evaluate(t: str) -> Callable[[], object]:
         _, model, vit = ours[t]
         experts = model.eval().experts(vit)
         return lambda: image_loss(model, vit, t == "bf16", pixels, labels, experts)
@@ -137,12 +139,12 @@ def count_and_compare(steps: dict[str, Callable], times: dict[str, float], round
 
 def row_memory(rounds: int, compiled: bool) -> Figures:
     """What autograd keeps of a forward pass in bf16 with the fused kernel, hence a GPU's memory by batch size."""
-    made = {}
+    made: Figures = {}
     for length in (10, 200):
         _, model, vit = our_model("bf16", length)
         parameters = [*model.parameters(), *vit.parameters()]
         with patch("vit.mix", lambda q, k, v, gates: attend_fused(q, k, v)):
-            kept = kept_for_backward(lambda m=model, v=vit: image_loss(m.train(), v, True, *images(4)), parameters)
+            kept = kept_for_backward(partial(image_loss, model.train(), vit, True, *images(4)), parameters)
         image = kept / 4 / 1e6
         fixed = (sum(p.nbytes for p in parameters) + 8 * sum(p.numel() for p in model.parameters())) / 1e6
         sizes = ", ".join(f"batch {b} {(fixed + b * image) / 1e3:.1f} GB" for b in (64, 128, 256))
@@ -153,14 +155,14 @@ def row_memory(rounds: int, compiled: bool) -> Figures:
 
 def row_scaling(rounds: int, compiled: bool) -> Figures:
     """Time per image-step over batch sizes, prefix lengths and numbers of cached images."""
-    dtype, made = number_types()[-1], {}
+    dtype, made = number_types()[-1], Figures()
     steps = {f"batch {b}": our_step(*our_model(dtype), batch=b) for b in (8, 16, 32, 64)}
     times = {name: s / int(name.split()[1]) for name, s in timed(steps, rounds).items()}
     made |= table(f"an image-step, {dtype}", times, "batch 8", 1, "img")
     steps = {f"L {n}": our_step(*our_model(dtype, n)) for n in (10, 50, 100, 200)}
     made |= table(f"training step, batch {BATCH}, {dtype}", timed(steps, rounds), "L 10", BATCH, "img")
 
-    def epoch(count: int) -> Callable[[], None]:
+    def epoch(count: int) -> Callable[[], object]:
         split = Split.of(np.zeros((count, 64, 64, 3), np.uint8), np.arange(count) % 10)
         data = Dataset("", [""] * 10, 56, True, "train", {"train": split})
 
@@ -193,7 +195,8 @@ def row_data(rounds: int, compiled: bool) -> Figures:
 
 def row_grid(rounds: int, compiled: bool) -> Figures:
     """Row 4: eight runs of a grid in one process against a process each, with identical numbers."""
-    made, grid = {}, {"lr": (5.0, 2.5, 1.0, 0.5), "wd": (1e-3, 0.0), "methods": ("deep",), "epochs": 3}
+    made: Figures = {}
+    grid: dict[str, Any] = {"lr": (5.0, 2.5, 1.0, 0.5), "wd": (1e-3, 0.0), "methods": ("deep",), "epochs": 3}
     for compile_step in (False, True)[: 1 + compiled]:
         asked = sweep.Sweep(compare=True, compile=compile_step, **grid)
         print()
@@ -277,7 +280,7 @@ def run(rows: list[str], rounds: int, compiled: bool, path: Path | None) -> None
     card = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{platform.machine()}, {card}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     prepare_process()
-    figures = {}
+    figures: Figures = {}
     for row in rows or ROWS:
         figures |= ROWS[row](rounds, compiled)
     if {"vit", "data"} <= set(rows or ROWS):

@@ -17,7 +17,7 @@ import os
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -253,8 +253,8 @@ def find(name: str) -> Task:
     if name in TASKS:
         return TASKS[name]
     if name.endswith(".jsonl") and Path(name).is_file():
-        usual = {"backbone": "gpt2-medium", "epochs": 5, "batch": 10, "usual": (5, 1e-4, 0.0)}  # E2E's
-        return Task("your texts", partial(load_jsonl, Path(name)), text=True, classes=0, **usual)
+        usual = Task("your texts", partial(load_jsonl, Path(name)), text=True, classes=0, backbone="gpt2-medium")
+        return replace(usual, epochs=5, batch=10, usual=(5, 1e-4, 0.0))  # E2E's
     if name and Path(name).is_dir():  # Path("") is this folder
         return Task("your images", partial(load_folder, Path(name)), augment=True, backbone=benchmarks.IN21K)
     close = difflib.get_close_matches(name, TASKS, n=1)
@@ -274,8 +274,8 @@ def load(name: str, root: str | Path = "data", reads: int | str = 224) -> Datase
     """
     task, root = find(name), data_dir(root)
     if task.text:
-        return Text(name, **task.load(root, encoding(reads)))
-    return Dataset(name, size=reads, augment=task.augment, final=task.final, **task.load(root, reads))
+        return Text(name, **task.load(root, encoding(str(reads))))
+    return Dataset(name, size=int(reads), augment=task.augment, final=task.final, **task.load(root, reads))
 
 
 def data_dir(root: str | Path) -> Path:

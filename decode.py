@@ -14,6 +14,8 @@ The rules (which candidates are kept, when a text is done) are those of transfor
 Shapes: B prompts still being written, W beams of each (1 at first), K columns of the cache, V vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,11 +28,12 @@ class Cache:
     room: how many columns to keep free for what will be written.
     """
 
-    def __init__(self, model: nn.Module, prompts: list[list[int]], prefix: Tensor | None, room: int):
+    def __init__(self, model: nn.Module, prompts: Sequence[list[int]], prefix: Tensor | None, room: int):
         device = model.wpe.device
         tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)  # (B, T)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
-        self.model, kv = model, []
+        self.model = model
+        kv: list[Tensor] = []
         self.logits = model(tokens, prefix, at=lengths[:, None] - 1, kv=kv)  # (B, 1, V)
         self.kv = [F.pad(layer, (0, 0, 0, room)) for layer in kv]  # n_layer x (2, B, H, K, Dh)
         self.free = room
@@ -80,7 +83,7 @@ def candidates(logits: Tensor, scores: Tensor, beams: int) -> tuple[Tensor, Tens
 @torch.inference_mode()
 def search(
     model: nn.Module,
-    prompts: list[list[int]],
+    prompts: Sequence[list[int]],
     prefix: Tensor | None,
     beams: int,
     max_new: int,
@@ -92,7 +95,7 @@ def search(
     cache = Cache(model, prompts, prefix, beams * (max_new - 1))
     logits = cache.logits
     live = list(range(len(prompts)))  # which prompt a row belongs to
-    found = [[] for _ in prompts]  # finished texts with their worth, best first
+    found: list[list[tuple[float, list[int]]]] = [[] for _ in prompts]  # finished texts: worth and tokens, best first
     scores = torch.zeros(len(prompts), 1, device=logits.device)
     text = scores.unsqueeze(-1)[..., :0].long()  # (B, 1, 0)
     for n in range(1, max_new + 1):

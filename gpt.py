@@ -16,6 +16,7 @@ Sources: Radford et al. 2019 (GPT-2); Li & Liang, ACL 2021 (arXiv 2101.00190) fo
 """
 
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import zip_longest
 from pathlib import Path
@@ -29,12 +30,12 @@ import decode
 from support.weights import fill, read
 from vit import Attention, mix
 
-HUB = {  # repositories openai-community/NAME
+HUB: dict[str, dict] = {  # repositories openai-community/NAME
     "gpt2": {"dim": 768, "n_layer": 12, "n_head": 12},
     "gpt2-medium": {"dim": 1024, "n_layer": 24, "n_head": 16},
     "gpt2-large": {"dim": 1280, "n_layer": 36, "n_head": 20},
 }
-TINY_GPT = {"vocab": 257, "context": 512, "dim": 128, "n_layer": 4, "n_head": 4, "encoding": "bytes"}
+TINY_GPT: dict = {"vocab": 257, "context": 512, "dim": 128, "n_layer": 4, "n_head": 4, "encoding": "bytes"}
 TINY_GPT_WEIGHTS = Path(__file__).parent / "assets" / "tiny_gpt.safetensors"  # comes with the repository
 OURS = {  # what GPT-2's files call the parts of this one
     "ln_1": "norm1",
@@ -56,7 +57,7 @@ def pick(x: Tensor, at: Tensor | None) -> Tensor:
 class CausalAttention(Attention):
     """The ViT's W_q, W_k, W_v and heads; new are the mask, and the choice of any tokens for queries."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         x: Tensor,
         prefix: Tensor | None,
@@ -145,7 +146,7 @@ class GPT(nn.Module):
         encoding: str = "gpt2",
     ):
         super().__init__()
-        self.sizes = {"vocab": vocab, "context": context, "dim": dim, "n_layer": n_layer, "n_head": n_head}
+        self.sizes: dict = {"vocab": vocab, "context": context, "dim": dim, "n_layer": n_layer, "n_head": n_head}
         self.sizes |= {"eps": eps, "encoding": encoding}
         self.vocab, self.context, self.dim, self.n_layer, self.n_head = vocab, context, dim, n_layer, n_head
         self.reads = encoding
@@ -192,7 +193,7 @@ class GPT(nn.Module):
 
     def generate(
         self,
-        prompts: list[list[int]],
+        prompts: Sequence[list[int]],
         prefix: Tensor | None = None,
         beams: int = 1,
         max_new: int = 100,

@@ -187,7 +187,7 @@ def sources(inputs: list[str]) -> list[str]:
 def write_all(run: Run, options: Options, inputs: list[str]) -> None:
     """A line per source: the text that beam search found."""
     pairs = [Pair(source, []) for source in sources(inputs)]
-    template, words = Template(**run.facts["template"]), encoding(run.backbone.reads)
+    template, words = Template(**run.facts["template"]), encoding(str(run.backbone.reads))
     data = Text(run.config.task, words, template, {"test": pairs})
     prompts = [tokens for tokens, _ in data.prompts("test")]
     longest = max(map(len, prompts)) + (run.config.length if run.model.prefix else 0) + data.decoding["max_new"]

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from tqdm import tqdm
@@ -41,7 +41,7 @@ from support.usage import GOES_ON, exit_code
 from support.worker import Worker, in_turn, on_ray, settings
 from train import BAR
 
-METHODS = {share: {"share": share} for share in SHARE}
+METHODS: dict[str, dict] = {share: {"share": share} for share in SHARE}
 METHODS |= {f"{share}-shallow": {"share": share, "shallow": True} for share in SHARE}
 METHODS |= {"probe": {"tune": "linear"}, "full": {"tune": "full"}}
 GROUPS = {"fgvc": "FGVC", "vtab": "VTAB", "paper": "FGVC"}  # what --tasks takes beside names -> how Task.group begins
@@ -54,7 +54,7 @@ RAY = {
 }
 
 
-def of_a_run(name: str):
+def of_a_run(name: str) -> Any:
     """An option that is handed on to every run: as `train.py` has it."""
     f = Config.__dataclass_fields__[name]
     choices = {"kind": {"choices": get_args(f.type)}} if get_origin(f.type) is Literal else {}
@@ -74,18 +74,16 @@ class Sweep:
     seed: list[int] = opt(SEEDS, "seeds of the final runs; none: stop after the choice")
     halving: bool = opt(False, "successive halving: train the whole grid a little, go on with the better half, ...")
     dry_run: bool = opt(False, "print what the sweep would cost, and stop")
-    img_per_s: float | None = opt(
-        None, "for --dry-run: training images/s of the machine (default: measured on this one)"
-    )
-    ray: str | None = field(default=None, metadata=RAY)
+    img_per_s: float = opt(None, "for --dry-run: training images/s of the machine (default: measured on this one)")
+    ray: str = field(default="", metadata=RAY)
     compare: bool = opt(False, "time the first grid as one process and as a process per run, and compare every number")
     out: str = opt("out/sweep", "folder of the results")
-    epochs: int | None = of_a_run("epochs")
+    epochs: int = of_a_run("epochs")
     batch: int = of_a_run("batch")
     backbone: str = of_a_run("backbone")
     device: str = of_a_run("device")
     dtype: str = of_a_run("dtype")
-    compile: bool | None = of_a_run("compile")
+    compile: bool = of_a_run("compile")
     data_dir: str = of_a_run("data_dir")
 
 
@@ -125,7 +123,7 @@ def check(sweep: Sweep) -> None:
 def cells(sweep: Sweep) -> list[Cell]:
     """All rows of the table, task by task. UsageError for options that cannot be."""
     check(sweep)
-    made = {}  # a dict keeps the order, and each cell once
+    made: dict[Cell, None] = {}  # a dict keeps the order, and each cell once
     for task, fraction, method in product(expand(sweep.tasks), sorted(sweep.fraction), sweep.methods):
         lengths = sweep.length if "tune" not in METHODS[method] else ()
         made |= {Cell(task, method, length, fraction): None for length in lengths or (None,)}
@@ -140,7 +138,7 @@ def folder(sweep: Sweep, *tasks: str) -> Path:
     return Path(sweep.out).absolute() / (name + ("-halving" if sweep.halving else ""))
 
 
-def configure(sweep: Sweep, cell: Cell, **values) -> Config:
+def configure(sweep: Sweep, cell: Cell, **values: Any) -> Config:
     """The resolved Config of one run, in a folder of its own: OUT/TASK/runs/SETTINGS."""
     handed_on = {f.name: getattr(sweep, f.name) for f in fields(Config) if f.name in Sweep.__dataclass_fields__}
     handed_on |= {"task": cell.task, "length": cell.length, "fraction": cell.fraction, "seed": Config.seed, "out": ""}
@@ -259,11 +257,11 @@ def costs(sweep: Sweep, cell: Cell) -> list[tuple[Config, int, int]]:
     made, before, count = [], 0, 1 + len(others)
     for stop, keep in stages(sweep, config.epochs):
         made.append((config, count, (stop or config.epochs) - before))
-        before, count = stop, min(keep, count)
+        before, count = stop or config.epochs, min(keep, count)
     return [*made, (replace(config, final=True), len(set(sweep.seed)), config.epochs)]
 
 
-def words(script: str, options) -> list[str]:
+def words(script: str, options: Any) -> list[str]:
     """The command that gives `script` these options (a dataclass)."""
     command = [sys.executable, str(Path(__file__).with_name(script))]
     for f in fields(options):
@@ -286,7 +284,7 @@ def compare(sweep: Sweep, cell: Cell) -> float:
     """
     seconds, found = {}, {}
     with tempfile.TemporaryDirectory() as temporary:
-        one = replace(sweep, tasks=[cell.task], methods=[cell.method], seed=(), compare=False, halving=False)
+        one = replace(sweep, tasks=[cell.task], methods=[cell.method], seed=[], compare=False, halving=False)
         for name in ("separate", "sweep"):
             mine = replace(one, out=f"{temporary}/{name}")
             configs = grid(mine, cell)

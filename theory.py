@@ -35,6 +35,7 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -147,7 +148,7 @@ def normal_equations(world: World, kind: str, theta: Tensor, y: Tensor, weight: 
     return residual.square().sum(1), sharing.mT @ (jacobian @ jacobian.mT) @ sharing, gradient.squeeze(-1)
 
 
-def fit(world: World, kind: str, data: tuple[Tensor, Tensor], theta: Tensor, budgets: list[int]) -> list:
+def fit(world: World, kind: str, data: Sequence[Tensor], theta: Tensor, budgets: list[int]) -> list:
     """Projected Levenberg-Marquardt from theta (R, P), all fits at once; after every budget (theta, who still moves).
 
     A fit ends when 12 steps in a row have not lowered its loss by 1e-10 of it. A parameter that the wall of the box
@@ -156,7 +157,8 @@ def fit(world: World, kind: str, data: tuple[Tensor, Tensor], theta: Tensor, bud
     box = torch.full(theta.shape[1:], 3.0, dtype=torch.float64)  # |b| <= 2, all other parameters within 3
     box[8 if kind == "learned" else 0 :: 5 if kind == "non-shared" else 3] = 2.0
     theta = theta.clamp(-box, box)
-    result, snapshots, alive = theta.clone(), [], torch.arange(len(theta))
+    snapshots: list[tuple[Tensor, Tensor]] = []
+    result, alive = theta.clone(), torch.arange(len(theta))
     damping, idle = torch.full((len(theta),), 0.01, dtype=torch.float64), torch.zeros(len(theta))
     state = [theta, *normal_equations(world, kind, theta, *data), damping, idle, *data]
     for i in range(1, budgets[-1] + 1):
@@ -243,7 +245,7 @@ def simulate(config: Config) -> dict[tuple[str, int], np.ndarray]:
         return {key: np.concatenate([next(parts) for _ in chunks], axis=1) for key in keys}
 
 
-def slopes(errors: np.ndarray, middle=np.mean, draws: int = 500) -> tuple[float, float]:
+def slopes(errors: np.ndarray, middle: Callable = np.mean, draws: int = 500) -> tuple[float, float]:
     """Slope of log middle(error) on log n and its bootstrap standard error over data sets, of errors (reps, sizes)."""
     x = np.log(SIZES) - np.log(SIZES).mean()
     chosen = np.random.default_rng(0).integers(len(errors), size=(draws, len(errors)))

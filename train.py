@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ def load_backbone(config: Config, pretrained: bool = True) -> ViT | GPT:
     return backbone
 
 
-def open_backbone(kind: type, name: str, pretrained: bool = True) -> ViT | GPT:
+def open_backbone(kind: type[ViT] | type[GPT], name: str, pretrained: bool = True) -> ViT | GPT:
     """A ViT or GPT by its name, on the CPU in fp32. UsageError if it cannot be had."""
     try:
         backbone = kind.load(name, pretrained)
@@ -81,11 +81,13 @@ class Tuned(nn.Module):
 
     def __init__(self, config: Config, backbone: ViT | GPT, classes: int):
         super().__init__()
-        self.prefix = self.backbone = self.head = None
+        self.prefix: Any = None  # Prefix
+        self.backbone: Any = None  # ViT or GPT
+        self.head: Any = None  # nn.Linear
         if config.tune == "prefix":
             sizes = (backbone.n_layer, backbone.n_head, backbone.dim, config.length, config.share)
             # Images: a map per layer. Text: one wide map for all layers and no dropout, as Li & Liang have it.
-            form = {} if classes else {"hidden": 512, "per_layer": False, "dropout": 0.0}
+            form: dict = {} if classes else {"hidden": 512, "per_layer": False, "dropout": 0.0}
             self.prefix = Prefix(*sizes, shallow=config.shallow, init_scale=backbone.prompt_scale, **form)
         elif config.tune == "full":
             self.backbone = copy.deepcopy(backbone).requires_grad_(True)
@@ -133,7 +135,7 @@ def step_function(config: Config, data: Dataset | Text) -> Callable:
     return torch.compile(step, dynamic=data.text) if config.compile else step
 
 
-def batches(config: Config, data: Dataset | Text, split: str, **order) -> Iterator[tuple[Tensor, ...]]:
+def batches(config: Config, data: Dataset | Text, split: str, **order: Any) -> Iterator[tuple[Tensor, ...]]:
     """data.batches on the device: copied from pinned memory while the GPU is still busy with the batch before.
 
     For a compiled step, a last batch of images that is not full is filled up: labels of -100 count nowhere.
@@ -151,8 +153,8 @@ def evaluate(config: Config, model: Tuned, backbone: ViT | GPT, data: Dataset | 
 
     There is no dropout, and the prefix is generated once for all batches.
     """
-    config, bf16 = resolve(config), use_bf16(config, backbone)
-    step = step_function(config, data)
+    config = resolve(config)
+    step, bf16 = step_function(config, data), use_bf16(config, backbone)
     with torch.autocast(config.device, torch.bfloat16, enabled=bf16):
         experts = model.eval().experts(backbone)  # (depth, 2, H, L, Dh)
     loss_sum, tally_sum = torch.zeros(2, device=config.device)
@@ -220,7 +222,7 @@ def run_epoch(
     steps = math.ceil(count / config.batch)  # of one epoch
     torch.manual_seed(config.seed + 1_000_003 * (epoch + 1))  # dropout: an epoch needs no state of those before it
     model.train()
-    loss_sum, tally_sum, seen = *torch.zeros(2, device=config.device), 0
+    (loss_sum, tally_sum), seen = torch.zeros(2, device=config.device), 0
     order = {"seed": config.seed, "epoch": epoch, "fraction": config.fraction}
     for i, batch in enumerate(batches(config, data, split, **order)):
         for group in optimizer.param_groups:
@@ -336,8 +338,7 @@ def run(config: Config) -> int:
     amount = f"batch {config.batch}, {config.epochs} epochs of {count} {data.unit}"
     print(f"{config.task}: {method(config)}, {settings}, {amount}, {config.device}")
     result = train(config, backbone, data)
-    trained = sum(p.numel() for p in result.model.parameters())
-    whole = sum(p.numel() for p in backbone.parameters())
+    trained, whole = (sum(p.numel() for p in module.parameters()) for module in (result.model, backbone))
     print(f"{summary(result.history)}; trained {trained:,} parameters beside a backbone of {whole:,}; {result.out}")
     return 3 if result.status == "diverged" else 0
 

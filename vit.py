@@ -148,7 +148,7 @@ class ViT(nn.Module):
     ):
         super().__init__()
         hidden = hidden or 4 * dim
-        self.sizes = {"image": image, "patch": patch, "dim": dim, "n_layer": n_layer, "n_head": n_head}
+        self.sizes: dict = {"image": image, "patch": patch, "dim": dim, "n_layer": n_layer, "n_head": n_head}
         self.sizes |= {"hidden": hidden, "eps": eps}
         self.image, self.dim, self.n_layer, self.n_head = image, dim, n_layer, n_head
         self.reads = image  # what `data.load` must make for it

@@ -30,8 +30,8 @@ from support.usage import UsageError
 
 PAUSE, PATIENCE = 1.0, 5  # seconds before the second try, doubled for each further one; tries in vain before giving up
 NETWORK = (URLError, HTTPException, ConnectionError, TimeoutError, SSLError)  # any other OSError is the disk's
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError)
-DAMAGED += (ValueError, ArithmeticError, RuntimeError)  # a name that is no text, a date too far, a password
+STRANGE = (ValueError, ArithmeticError, RuntimeError)  # a name that is no text, a date too far, a password
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, *STRANGE)
 RATIO = 100  # no archive of pictures or texts holds more than so many times its own size
 BYTES = {"unit": "B", "unit_scale": True, "delay": 2}
 

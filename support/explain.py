@@ -97,7 +97,7 @@ def gate_map(figure: Figure, axes: Axes, share: Tensor, across: str, title: str)
     """Shares from 0 to 1, a row per layer, the first layer on top."""
     heat_map(figure, axes, share, (0, 1), "magma", title)
     axes.set(ylabel="layer", xlabel=across, aspect="auto")
-    axes.set_yticks(range(len(share)), range(1, len(share) + 1))
+    axes.set_yticks(range(len(share)), [str(i + 1) for i in range(len(share))])
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:

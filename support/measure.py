@@ -6,7 +6,8 @@ Candidates take turns and the best round of each counts, so that a busy machine 
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ def types() -> list[str]:
     return ["fp32"] + ["bf16"] * (DEVICE == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
-def timed(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def timed(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Seconds of each candidate: the best of `rounds`, in which they take turns, after one round to warm up."""
     best = dict.fromkeys(candidates, float("inf"))
     for turn in range(rounds + 1):
@@ -54,7 +55,7 @@ def matrix_rate(dtype: torch.dtype, rounds: int) -> float:
     rates = []
     for n, k, m in ((1576, 768, 3072), (1576, 3072, 768), (1280, 768, 2304), (4096, 4096, 4096)):
         x, w = torch.randn(n, k, dtype=dtype, device=DEVICE), torch.randn(m, k, dtype=dtype, device=DEVICE)
-        rates.append(2 * n * k * m / timed({"": lambda x=x, w=w: F.linear(x, w)}, 3 * rounds)[""])
+        rates.append(2 * n * k * m / timed({"": partial(F.linear, x, w)}, 3 * rounds)[""])
     return max(rates)
 
 
@@ -70,7 +71,7 @@ def rate(epochs: Iterable[Iterable], seconds: float) -> float:
     return 0.0
 
 
-def peak_memory(make: Callable[..., Callable], *args) -> float:
+def peak_memory(make: Callable[..., Callable], *args: object) -> float:
     """MB that make(*args) and two calls of what it makes add to a new process; on CUDA, of the GPU's memory."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -87,7 +88,7 @@ def most_resident() -> int:
     return int(line.split()[1])
 
 
-def _peak(queue: multiprocessing.Queue, make: Callable[..., Callable], *args) -> None:
+def _peak(queue: multiprocessing.Queue, make: Callable[..., Callable], *args: object) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     before = most_resident()
     run = make(*args)

@@ -9,7 +9,7 @@ import math
 import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from torch import nn
@@ -19,25 +19,27 @@ from prefix import SHARE
 from support.usage import Parser
 
 
-def opt(default, help):
+def opt(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every option of a run. None and "auto" are filled in by `resolve`."""
+    """Every option of a run, in the type it has after `resolve`, which fills in None and "auto"."""
 
     task: str = opt("digits", "what to learn; a name that `python data.py` lists, a folder of images, or a .jsonl file")
     tune: Literal["prefix", "linear", "full"] = opt(
         "prefix", "train a prefix (and, for images, the head), the head alone, or everything"
     )
-    share: Literal[SHARE] = opt("none", "how a prefix key and value share parameters")
+    share: Literal[SHARE] = opt(  # type: ignore[valid-type]
+        "none", "how a prefix key and value share parameters"
+    )
     shallow: bool = opt(False, "put the prefix in the first layer only")
-    length: int | None = opt(None, "number of prefix vectors L (default: the task's)")
-    lr: float | None = opt(None, "learning rate; images: a step uses lr * batch / 256 (default: the task's)")
-    wd: float | None = opt(None, "weight decay of all that is trained but the head's bias (default: the task's)")
-    epochs: int | None = opt(None, "passes over the training examples (default: the task's)")
-    batch: int | None = opt(None, "images or texts per step (default: the task's)")
+    length: int = opt(None, "number of prefix vectors L (default: the task's)")
+    lr: float = opt(None, "learning rate; images: a step uses lr * batch / 256 (default: the task's)")
+    wd: float = opt(None, "weight decay of all that is trained but the head's bias (default: the task's)")
+    epochs: int = opt(None, "passes over the training examples (default: the task's)")
+    batch: int = opt(None, "images or texts per step (default: the task's)")
     optimizer: Literal["auto", "sgd", "adamw"] = opt("auto", "auto is the protocol's: sgd for images, adamw for text")
     seed: int = opt(42, "decides initialisation, order, augmentation and dropout")
     fraction: float = opt(1.0, "share of the training examples to use, stratified; every seed uses the same ones")
@@ -50,7 +52,7 @@ class Config:
     )
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to compute")
     dtype: Literal["auto", "fp32", "bf16"] = opt("auto", "type of the matrix products and of the frozen weights")
-    compile: bool | None = opt(None, "torch.compile the step (default: on CUDA)")
+    compile: bool = opt(None, "torch.compile the step (default: on CUDA)")
     data_dir: str = opt("data", "where data sets are kept")
     out: str = opt("", "folder of the run (default: out/TASK/SETTINGS)")
 
@@ -62,7 +64,7 @@ def method(config: Config) -> str:
     return {"linear": "probe", "full": "full"}[config.tune]
 
 
-def device(name: str) -> str:
+def device(name: str) -> Any:
     """Where to compute; auto is the GPU if there is one. UsageError for a GPU that there is not."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device is cuda, but PyTorch finds no CUDA device here; use --device cpu")
@@ -72,7 +74,9 @@ def device(name: str) -> str:
 def resolve(config: Config) -> Config:
     """Fill in every None and "auto" but dtype, which depends on the backbone. UsageError for what cannot be."""
     task = find(config.task)
-    values = dict(zip(("length", "lr", "wd"), task.settings.get(method(config), task.usual), strict=True))
+    values: dict[str, Any] = dict(
+        zip(("length", "lr", "wd"), task.settings.get(method(config), task.usual), strict=True)
+    )
     values |= {"epochs": task.epochs, "batch": task.batch, "backbone": task.backbone}
     values |= {"optimizer": "adamw" if task.text else "sgd", "device": device(config.device)}
     values |= {"compile": config.device != "cpu" and torch.cuda.is_available()}
@@ -123,13 +127,13 @@ def check(config: Config, backbone: nn.Module, data: Dataset | Text, split: str)
 def add_options(made: argparse.ArgumentParser, options: type) -> None:
     """A command-line option for every field of a dataclass; a list takes any number of values."""
     for f in fields(options):
-        kind = {"type": get_args(f.type)[0] if get_args(f.type) else f.type}
-        if bool in (f.type, kind["type"]):
+        kind: dict[str, Any] = {"type": f.type}
+        if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         elif get_origin(f.type) is Literal:
             kind = {"choices": get_args(f.type)}
         elif get_origin(f.type) is list:
-            kind["nargs"] = "*"
+            kind = {"type": get_args(f.type)[0], "nargs": "*"}
         made.add_argument(f"--{f.name.replace('_', '-')}", help=f.metadata["help"], **kind | f.metadata.get("kind", {}))
 
 

@@ -16,11 +16,12 @@ import os
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ from support.download import UsageError, inside, need, once
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what Pillow raises
-MOST = Image.MAX_IMAGE_PIXELS  # of one image, before and after resizing
+MOST = 89_478_485  # pixels of one image, before and after resizing: Pillow's own limit
 Rule = int | tuple[int, int]  # of resizing: the short side, or (height, width)
 
 
@@ -56,7 +57,7 @@ class Split:
         offset, height, width, _ = self.index[i]
         pixels = self.pixels[offset : offset + height * width * 3]
         if i in self.unseen:
-            if zlib.crc32(pixels) != self.unseen[i]:
+            if zlib.crc32(pixels.data) != self.unseen[i]:
                 raise UsageError(f"{self.path} is damaged; delete it, and the next start makes it anew")
             del self.unseen[i]
         return pixels.reshape(height, width, 3)
@@ -89,7 +90,7 @@ class Split:
             crc32, n = raw[-16:].copy().view(np.int64).tolist()
             end = len(raw) - 16 - 40 * n
             index = raw[end:-16].copy().view(np.int64).reshape(n, 5)
-            if n > 0 and zlib.crc32(index) == crc32 and (index[:, 1] * index[:, 2]).sum() * 3 == end:
+            if n > 0 and zlib.crc32(index.data) == crc32 and (index[:, 1] * index[:, 2]).sum() * 3 == end:
                 return cls(raw[:end], index[:, :4], path, mapping, dict(enumerate(index[:, 4].tolist())))
         raise UsageError(f"{path} is damaged; delete it, and the next start makes it anew")
 
@@ -151,7 +152,7 @@ def decode(temporary: Path, name: str, files: Files, labels: list[int]) -> None:
     """Write the file that `Split.open` reads. Worker processes decode; memory holds a few images of each."""
     least = files.rule if isinstance(files.rule, tuple) else (files.rule, files.rule)
     need(len(files) * least[0] * least[1] * 3, temporary.parent)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(cores, len(files) // 64)  # a few images are not worth a process
     images = chain.from_iterable(DataLoader(files, batch_size=8, num_workers=workers, collate_fn=list))
     index, offset = np.empty((len(files), 5), np.int64), 0
@@ -161,7 +162,7 @@ def decode(temporary: Path, name: str, files: Files, labels: list[int]) -> None:
                 raise UsageError(image)
             index[i] = offset, *image.shape[:2], labels[i], zlib.crc32(image)
             offset += out.write(image.data)
-        out.write(index.tobytes() + np.array([zlib.crc32(index), len(files)]).tobytes())
+        out.write(index.tobytes() + np.array([zlib.crc32(index.data), len(files)]).tobytes())
         out.flush()
         os.fsync(out.fileno())  # a power cut after the renaming finds it on the disk
 
@@ -179,7 +180,8 @@ class Dataset:
     rule: Rule | None = None  # how image files were resized, if they were
     listing: dict[str, dict[str, str]] | None = field(default=None, repr=False)  # split -> file -> class, if made here
 
-    text, unit = False, "images"
+    text: ClassVar[Literal[False]] = False
+    unit: ClassVar = "images"
 
     @property
     def facts(self) -> dict:
@@ -209,7 +211,7 @@ class Dataset:
         epoch: int = 0,
         fraction: float = 1.0,
         pin: bool = False,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[tuple[Tensor, ...]]:
         """Pairs of images (B, size, size, 3) uint8 and labels (B,) int64; the last batch may be smaller.
 
         With a seed: shuffled and augmented by (seed, epoch) alone. Without: in order, centre crop.
@@ -220,7 +222,7 @@ class Dataset:
             rng = np.random.default_rng([seed, epoch])
             images = [images[i] for i in rng.permutation(len(images))]
 
-        def make(start: int) -> tuple[Tensor, Tensor]:
+        def make(start: int) -> tuple[Tensor, ...]:
             chosen = images[start : start + batch]
             made = gather(chosen, self.size, rng if self.augment else None)
             return tuple(t.pin_memory() for t in made) if pin else made
@@ -231,7 +233,7 @@ class Dataset:
 def ahead(make: Callable, items: Iterable) -> Iterator:
     """make(item) for every item, the next one in a thread while the caller uses this one."""
     with ThreadPoolExecutor(1) as pool:
-        coming = deque()
+        coming: deque[Future] = deque()
         for item in items:
             coming.append(pool.submit(make, item))
             if len(coming) == 2:
@@ -250,7 +252,7 @@ def gather(images: list[tuple[Split, int]], size: int, rng: np.random.Generator 
             chosen = [images[row][1] for row in rows]
             for i in chosen:
                 part.image(i)  # compares it with its checksum
-            pixels[rows] = part.stack[chosen]
+            pixels[rows] = part.stack[chosen]  # type: ignore[index]
     else:
         for out, (part, i) in zip(pixels, images, strict=True):
             crop(part.image(i), size, out, rng)

@@ -109,7 +109,7 @@ def does_sharing_help(rows: list[Row]) -> list[str]:
         theirs = {line["settings"]["seed"]: line["test"] for line in base.tested if "test" in line} if base else {}
         pairs = [(line["test"], theirs.get(line["settings"]["seed"])) for line in row.tested if "test" in line]
         gains = [ours - none for ours, none in pairs if none is not None]
-        if gains:
+        if base and gains:
             error = f" ± {standard_error(gains):.2f} (standard error)" if len(gains) > 1 else ""
             names = f"{row.task}, {row.images} images: {row.name} minus {base.name}"
             sentences.append(f"- {names}: {mean(gains):+.2f}{error} points over {len(gains)} seeds")
@@ -134,7 +134,7 @@ def effort(rows: list[Row]) -> str:
     """Which search was used, and what it spent: epochs trained of those that the full grid would have taken."""
     spent, full = 0, 0
     for row in rows:
-        epochs = {}
+        epochs: dict[tuple, int] = {}
         for line in row.tried:
             run = (line["settings"]["lr"], line["settings"]["wd"])
             epochs[run] = max(epochs.get(run, 0), line["epochs"])
@@ -190,7 +190,7 @@ def bars(axes: Axes, rows: list[Row], tasks: list[str]) -> None:
         axes.bar_label(drawn, [f"{m:.1f}" for m in means], padding=2, fontsize=8)
         known = [(x, row.published) for x, row in zip(at, mine, strict=True) if row.published]
         for x, value in known:
-            label = "paper" if (x, name) == (known[0][0], series[0]) else None
+            label = "paper" if (x, name) == (known[0][0], series[0]) else ""
             axes.hlines(value, x - width / 2, x + width / 2, color="black", label=label)
     axes.set_xticks(range(len(tasks)), tasks, rotation=30 if len(tasks) > 8 else 0, parse_math=False)
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, frameon=False)

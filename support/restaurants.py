@@ -84,7 +84,7 @@ def source(attributes: dict[str, str]) -> str:
 
 
 def distinct(make: Callable[[], Pair], n: int) -> list[Pair]:
-    found = {}
+    found: dict[str, Pair] = {}
     while len(found) < n:
         pair = make()
         found[pair.source] = pair

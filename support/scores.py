@@ -10,7 +10,7 @@ NIST and CIDEr are no percentages. Papers have their figures from other scripts,
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from statistics import fmean
 
@@ -80,7 +80,7 @@ METRICS: dict[str, tuple[Callable[[list[str], References], dict[str, float]], st
 }
 
 
-def score(outputs: list[str], pairs: list[Pair]) -> tuple[dict[str, float], list[str]]:
+def score(outputs: list[str], pairs: Sequence[Pair]) -> tuple[dict[str, float], list[str]]:
     """The scores of one output per pair: over all pairs ("BLEU"), and over those of each group ("BLEU seen").
 
     Also a sentence for every score that is left out because its library is missing, with how to get it.
@@ -88,7 +88,8 @@ def score(outputs: list[str], pairs: list[Pair]) -> tuple[dict[str, float], list
     groups = {"": list(zip(outputs, pairs, strict=True))}
     for name in sorted({pair.group for pair in pairs} - {""}):
         groups[f" {name}"] = [row for row in groups[""] if row[1].group == name]
-    scores, missing = {}, []
+    scores: dict[str, float] = {}
+    missing: list[str] = []
     for names, (metric, mend) in METRICS.items():
         try:
             for group, own in groups.items():

@@ -34,7 +34,7 @@ Row = tuple[str, str, list[str], str]  # its place in a file, source, targets, g
 
 def pairs(path: Path, rows: Iterable[Row]) -> list[Pair]:
     """The rows of `path` as one Pair per distinct source. UsageError if there are none, or for an empty target."""
-    found = {}
+    found: dict[str, Pair] = {}
     for place, source, targets, group in rows:
         if not targets or not all(targets):
             raise UsageError(f"{place}: a target is empty, which would teach to say nothing; write or delete it")

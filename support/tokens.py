@@ -18,6 +18,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
+from typing import ClassVar, Literal
 
 import numpy as np
 import tiktoken
@@ -83,7 +84,8 @@ class Text:
     final: str = "train"
     classes: Sequence[str] = ()
     listing: None = None
-    text, unit = True, "texts"
+    text: ClassVar[Literal[True]] = True
+    unit: ClassVar = "texts"
     made: dict = field(default_factory=dict, init=False, repr=False)  # split -> its tokens, once asked for
 
     def tokens(self, split: str) -> list[tuple[np.ndarray, list[np.ndarray]]]:
@@ -120,7 +122,7 @@ class Text:
         epoch: int = 0,
         fraction: float = 1.0,
         pin: bool = False,
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    ) -> Iterator[tuple[Tensor, ...]]:
         """Triples of tokens (B, T), at (B, Q) and labels (B, Q), all int64; one of the batches may be smaller.
 
         With a seed: shuffled by (seed, epoch) alone. Without: in order of length.
@@ -130,7 +132,7 @@ class Text:
         lengths = np.array([len(source) + len(target) for source, target in examples])
         chosen = ordered(lengths, batch, None if seed is None else np.random.default_rng([seed, epoch]))
 
-        def make(rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        def make(rows: np.ndarray) -> tuple[Tensor, ...]:
             made = gather([examples[i] for i in rows])
             return tuple(t.pin_memory() for t in made) if pin else made
 

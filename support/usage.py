@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 what the user can mend, 3 a run diverged, 130 stopped with
 import argparse
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 GOES_ON = "stopped; the same command goes on from the last finished epoch"
 
@@ -15,7 +16,7 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see --help")
 
 

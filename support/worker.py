@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,9 +33,9 @@ class Worker:
     def __init__(self, threads: int):
         torch.set_num_threads(threads)  # the order of a sum, and so its last bit, depends on it
         prepare_process()
-        self.kept = {}
+        self.kept: dict[str, tuple] = {}
 
-    def keep(self, what: str, key: tuple, make: Callable):
+    def keep(self, what: str, key: tuple, make: Callable) -> Any:
         """What was made for `key`; for another key it is made anew, and the old one goes."""
         if self.kept.get(what, (None, None))[0] != key:
             self.kept[what] = key, make()
