@@ -68,7 +68,7 @@ MISS = 0.2
 class Config:
     seed: int = opt(0, "decides the model, the data and the starts of the fits")
     reps: int = opt(50, "data sets per sample size")
-    iterations: int = opt(1000, "Levenberg-Marquardt steps that a fit may take; also shown after 15 and 30 % of them")
+    iterations: int = opt(1000, "Levenberg-Marquardt steps that a fit may take; also shown after 15 and 30 %% of them")
     out: str = opt("out/theory", "folder of report.md and theory.png")
 
     @property
