@@ -206,6 +206,14 @@ def test_the_table_is_long_and_has_every_script():
     assert scripts == TABLES.keys()
 
 
+@pytest.mark.parametrize("script", TABLES)
+def test_help_says_what_a_script_does_and_ends_well(script, capsys):
+    with pytest.raises(SystemExit) as end:  # argparse prints and exits
+        import_module(script).main(["--help"])
+    assert end.value.code in (0, None)
+    assert "usage: " in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["train", "sample", "bench"])
 def test_a_mistake_in_a_shell_is_the_same_sentence_and_no_traceback(script, place):
