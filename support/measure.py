@@ -113,9 +113,9 @@ def kept_for_backward(run: Callable[[], object], parameters: Iterable[Tensor]) -
 
 
 def table(title: str, seconds: dict[str, float], against: str, per: float, unit: str) -> Figures:
-    """Print seconds, rate and ratio of every candidate."""
+    """Print time, rate and ratio of every candidate."""
     print(f"\n{title}")
     for name, s in seconds.items():
-        print(f"  {name:<34}{s:>9.3f} s {per / s:>10.2f} {unit}/s   ratio {s / seconds[against]:.3f}")
+        print(f"  {name:<34}{1e3 * s:>10.2f} ms {per / s:>10.2f} {unit}/s   ratio {s / seconds[against]:.3f}")
     ratios = {f"{title}: {name} / {against}": s / seconds[against] for name, s in seconds.items()}
     return ratios | {f"{title}: {name}, seconds": s for name, s in seconds.items()}
