@@ -270,11 +270,12 @@ def title(name: str) -> str:
 def load(name: str, root: str | Path = "data", reads: int | str = 224) -> Dataset | Text:
     """Everything a run needs of a task. reads: what the model does, images of that size or an encoding of that name.
 
-    UsageError says what the user can do.
+    A text task has an encoding of its own if `reads` names none. UsageError says what the user can do.
     """
     task, root = find(name), data_dir(root)
     if task.text:
-        return Text(name, **task.load(root, encoding(str(reads))))
+        usual = "bytes" if task.backbone == "tiny_gpt" else "gpt2"
+        return Text(name, **task.load(root, encoding(reads if isinstance(reads, str) else usual)))
     return Dataset(name, size=int(reads), augment=task.augment, final=task.final, **task.load(root, reads))
 
 
@@ -328,8 +329,7 @@ def show(name: str | None, root: Path, size: int) -> None:
         return
     if size < 1:
         raise UsageError(f"--size is {size}; it must be positive")
-    task = find(name)
-    data = load(name, root, ("bytes" if task.backbone == "tiny_gpt" else "gpt2") if task.text else size)
+    data = load(name, root, size)
     print(describe(data))
     if not data.text:
         sheet = root / f"{title(name)}.png"

@@ -4,6 +4,7 @@ from itertools import chain
 
 import pytest
 
+from data import load
 from support import restaurants
 from support.text import TEXT_TASKS, Pair, Text, encoding
 
@@ -53,3 +54,8 @@ def test_the_repository_s_own_tasks_are_short_and_the_same_every_time(task, tmp_
     assert first.splits == again.splits
     assert {split: first.count(split) for split in first.splits} == TEXT_TASKS[task].sizes
     assert max(len(source) + len(target) for source, target in first.examples("train")) <= 200
+
+
+def test_a_text_task_is_loaded_in_its_own_encoding_if_none_is_named(tmp_path):
+    assert load("restaurants", tmp_path).encoding.name == BYTES.name
+    assert load("restaurants", tmp_path, "bytes").splits == load("restaurants", tmp_path).splits
