@@ -167,8 +167,43 @@ def decode(temporary: Path, name: str, files: Files, labels: list[int]) -> None:
         os.fsync(out.fileno())  # a power cut after the renaming finds it on the disk
 
 
+class Batched:
+    """What images and texts have in common: their examples in batches, each made while the one before is used.
+
+    A kind of data says what its `examples` are, in what `order` they come, and how a batch of them is `gather`ed.
+    """
+
+    examples: Callable[..., list]
+    order: Callable[..., list[list]]
+    gather: Callable[..., tuple[Tensor, ...]]
+
+    def count(self, split: str, fraction: float = 1.0) -> int:
+        return len(self.examples(split, fraction))
+
+    def batches(
+        self,
+        split: str,
+        batch: int,
+        seed: int | None = None,
+        epoch: int = 0,
+        fraction: float = 1.0,
+        pin: bool = False,
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """With a seed: shuffled, and images augmented, by (seed, epoch) alone. Without: always the same.
+
+        The next batch is made in a thread while the caller uses this one. pin: in page-locked memory, for CUDA.
+        """
+        rng = None if seed is None else np.random.default_rng([seed, epoch])
+
+        def make(chosen: list) -> tuple[Tensor, ...]:
+            made = self.gather(chosen, rng)
+            return tuple(tensor.pin_memory() for tensor in made) if pin else made
+
+        yield from ahead(make, self.order(self.examples(split, fraction), batch, rng))
+
+
 @dataclass
-class Dataset:
+class Dataset(Batched):
     """One task, ready for a model of `size` x `size` input. `final` is the split the protocol's last runs train on."""
 
     task: str
@@ -188,7 +223,7 @@ class Dataset:
         """What a trained model must know of its data to be used without them."""
         return {"classes": self.classes, "rule": self.rule}
 
-    def images(self, split: str, fraction: float = 1.0) -> list[tuple[Split, int]]:
+    def examples(self, split: str, fraction: float = 1.0) -> list[tuple[Split, int]]:
         """A split's images as (where it lies, its number there); `trainval` is train and val together.
 
         fraction: only that share of them, the same for every seed, stratified; a smaller share is part of a larger one.
@@ -200,34 +235,14 @@ class Dataset:
         labels = np.array([part.index[i, 3] for part, i in images])
         return [images[i] for i in stratified(labels, seed=0)[: round(fraction * len(images))]]
 
-    def count(self, split: str, fraction: float = 1.0) -> int:
-        return len(self.images(split, fraction))
+    def order(self, images: list, batch: int, rng: np.random.Generator | None) -> list[list]:
+        """Shuffled if there is an rng. The last batch may be smaller."""
+        chosen = images if rng is None else [images[i] for i in rng.permutation(len(images))]
+        return [chosen[start : start + batch] for start in range(0, len(chosen), batch)]
 
-    def batches(
-        self,
-        split: str,
-        batch: int,
-        seed: int | None = None,
-        epoch: int = 0,
-        fraction: float = 1.0,
-        pin: bool = False,
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """Pairs of images (B, size, size, 3) uint8 and labels (B,) int64; the last batch may be smaller.
-
-        With a seed: shuffled and augmented by (seed, epoch) alone. Without: in order, centre crop.
-        The next batch is made in a thread while the caller uses this one. pin: in page-locked memory, for CUDA.
-        """
-        images, rng = self.images(split, fraction), None
-        if seed is not None:
-            rng = np.random.default_rng([seed, epoch])
-            images = [images[i] for i in rng.permutation(len(images))]
-
-        def make(start: int) -> tuple[Tensor, ...]:
-            chosen = images[start : start + batch]
-            made = gather(chosen, self.size, rng if self.augment else None)
-            return tuple(t.pin_memory() for t in made) if pin else made
-
-        yield from ahead(make, range(0, len(images), batch))
+    def gather(self, images: list, rng: np.random.Generator | None) -> tuple[Tensor, ...]:
+        """Images (B, size, size, 3) uint8 and labels (B,) int64; with an rng augmented, without it centre crops."""
+        return gather(images, self.size, rng if self.augment else None)
 
 
 def ahead(make: Callable, items: Iterable) -> Iterator:

@@ -15,7 +15,7 @@ Source: Li & Liang, ACL 2021 (Prefix-tuning), whose templates, label masks and l
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 from typing import ClassVar, Literal
@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from support.download import UsageError
-from support.pixels import ahead
+from support.pixels import Batched
 
 EOT = "<|endoftext|>"
 VOCABULARY = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"  # whence tiktoken has GPT-2's
@@ -74,7 +74,7 @@ class Template:
 
 
 @dataclass
-class Text:
+class Text(Batched):
     """One language task, the counterpart of pixels.Dataset. `final` is the split the protocol's last runs train on."""
 
     task: str
@@ -111,32 +111,14 @@ class Text:
         order = np.random.default_rng(0).permutation(len(examples))
         return [examples[i] for i in order[: max(1, round(fraction * len(examples)))]]
 
-    def count(self, split: str, fraction: float = 1.0) -> int:
-        return len(self.examples(split, fraction))
-
-    def batches(
-        self,
-        split: str,
-        batch: int,
-        seed: int | None = None,
-        epoch: int = 0,
-        fraction: float = 1.0,
-        pin: bool = False,
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """Triples of tokens (B, T), at (B, Q) and labels (B, Q), all int64; one of the batches may be smaller.
-
-        With a seed: shuffled by (seed, epoch) alone. Without: in order of length.
-        The next batch is made in a thread while the caller uses this one. pin: in page-locked memory, for CUDA.
-        """
-        examples = self.examples(split, fraction)
+    def order(self, examples: list, batch: int, rng: np.random.Generator | None) -> list[list]:
+        """Batches of like length, shuffled if there is an rng, else in order of length. One of them may be smaller."""
         lengths = np.array([len(source) + len(target) for source, target in examples])
-        chosen = ordered(lengths, batch, None if seed is None else np.random.default_rng([seed, epoch]))
+        return [[examples[i] for i in rows] for rows in ordered(lengths, batch, rng)]
 
-        def make(rows: np.ndarray) -> tuple[Tensor, ...]:
-            made = gather([examples[i] for i in rows])
-            return tuple(t.pin_memory() for t in made) if pin else made
-
-        yield from ahead(make, chosen)
+    def gather(self, examples: list, rng: np.random.Generator | None) -> tuple[Tensor, ...]:
+        """Tokens (B, T), at (B, Q) and labels (B, Q), all int64."""
+        return gather(examples)
 
     def must_fit(self, room: int, splits: Iterable[str]) -> None:
         """UsageError if an example, or a prompt with all that may be written after it, has more than `room` tokens."""

@@ -105,7 +105,7 @@ def test_a_fraction_is_stratified_and_part_of_every_larger_one():
     labels = np.repeat([0, 1, 2], [600, 300, 100])
     images = np.zeros((1000, 1, 1, 3), np.uint8)
     data = Dataset("t", list("abc"), 1, False, "train", {"train": Split.of(images, labels)})
-    chosen = {f: {i for _, i in data.images("train", f)} for f in (0.05, 0.1, 0.5, 1.0)}
+    chosen = {f: {i for _, i in data.examples("train", f)} for f in (0.05, 0.1, 0.5, 1.0)}
     assert [len(part) for part in chosen.values()] == [50, 100, 500, 1000]
     assert chosen[0.05] < chosen[0.1] < chosen[0.5] < chosen[1.0]
     assert np.bincount(labels[list(chosen[0.1])]).tolist() == [60, 30, 10]
