@@ -13,8 +13,9 @@ So p_k[l] is the parameter of expert l's gate, and p_v[l] is the expert itself. 
     linear                [p_k[l], p_v[l]] = tanh(A p[l] + a)                         (A, a learned)
     deep    Deep-share    [p_k[l], p_v[l]] = A2 tanh(A1 p[l] + a1) + a2               (A1, a1, A2, a2 learned)
 The theorems: with a shared p[l], the distance between true and estimated experts (theory.py: the Voronoi loss) falls
-about like n^-1/2 in the number n of samples; with free keys and values slower than any power of n. out(q) is linear in p_v: two experts with one key can move their values
-apart without any change that data could show. If key and value are one vector, the gates move too (theory.py draws it).
+about like n^-1/2 in the number n of samples; with free keys and values it can fall slower than any power of n. out(q)
+is linear in p_v: two experts with one key can move their values apart without any change that data could show. If key
+and value are one vector, the gates move too (theory.py draws it).
 
 Shapes: L prefix length, D width, H heads, Dh = D / H, depth = number of layers that carry a prefix.
 Source: Le et al., "Revisiting Prefix-tuning", ICLR 2025, arXiv 2410.02200.
