@@ -22,7 +22,7 @@ from unittest.mock import patch
 import numpy as np
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import sweep
 from data import TASKS, Dataset, UsageError, load, normalise, write
@@ -30,11 +30,12 @@ from support import peers
 from support.measure import (
     DEVICE,
     PEAKS,
+    Apart,
     Figures,
     flops,
+    formula_alone,
     kept_for_backward,
     matrix_rate,
-    peak_memory,
     rate,
     table,
     timed,
@@ -46,7 +47,9 @@ from support.usage import exit_code
 from train import Tuned, image_loss, make_optimizer, text_loss, use_bf16
 from vit import ViT, attend_fused
 
-BATCH, LENGTH, CLASSES = 8, 10, 200  # of rows `vit`; on CUDA the protocol's batch of 64
+BATCH = 64 if DEVICE == "cuda" else 8  # the protocol's, or what a CPU does in two seconds
+LENGTH, CLASSES = 10, 200
+SOURCE = 64  # tokens of a source, and of a target, in row `gpt`
 
 
 def images(batch: int) -> tuple[Tensor, Tensor]:
@@ -58,6 +61,7 @@ def images(batch: int) -> tuple[Tensor, Tensor]:
 
 def our_model(dtype: Any, length: int = LENGTH, peer: peers.Peer | None = None) -> tuple[Config, Tuned, ViT]:
     """This repository's Deep-share on ViT-B/16; with `peer`: with that one's weights."""
+    prepare_process()  # as train.py does; a peer's user does not
     config = resolve(Config(task="cub", share="deep", length=length, dtype=dtype, lr=1e-3, wd=0.0))
     vit = ViT().to(DEVICE).requires_grad_(False)
     model = Tuned(config, vit, CLASSES).to(DEVICE)
@@ -73,8 +77,15 @@ def peer_model() -> peers.Peer:
     return peers.Peer(LENGTH, CLASSES).to(DEVICE)
 
 
-def our_step(config: Config, model: Tuned, vit: ViT, batch: int = BATCH, compiled: bool = False) -> Callable[[], None]:
+def vit_step(name: str, length: int = LENGTH, batch: int = BATCH, compiled: bool = False) -> Callable[[], None]:
+    """A training step of the peer, of timm's whole ViT, or ours in a type."""
     pixels, labels = images(batch)
+    if name == "peer":
+        return peers.step(peer_model(), pixels, labels)
+    if name == "whole":
+        whole = timm.create_model("vit_base_patch16_224", num_classes=CLASSES).to(DEVICE)
+        return peers.step(whole, pixels, labels)
+    config, model, vit = our_model(name, length)
     optimizer, bf16 = make_optimizer(config, model.train()), use_bf16(config, vit)
     loss_of = torch.compile(image_loss, dynamic=False) if compiled else image_loss
 
@@ -86,55 +97,57 @@ def our_step(config: Config, model: Tuned, vit: ViT, batch: int = BATCH, compile
     return step
 
 
-def make_step(name: str) -> Callable[[], None]:
-    return peers.step(peer_model(), *images(BATCH)) if name == "peer" else our_step(*our_model(name))
+def vit_evaluation(name: str) -> Callable[[], object]:
+    """A batch of images through the peer, or through ours in a type."""
+    pixels, labels = images(BATCH)
+    if name == "peer":
+        peer = peer_model().eval()
+        return torch.no_grad()(lambda: peer(pixels))
+    _, model, vit = our_model(name)
+    experts = model.eval().experts(vit).detach()
+    return torch.no_grad()(lambda: image_loss(model, vit, name == "bf16", pixels, labels, experts))
+
+
+def side_by_side(make: Callable, peer: str, extra: dict[str, Apart], rounds: int) -> tuple[dict, dict]:
+    """Seconds and MB of the peer, of ours in every type, and of ours reduced to what the formula needs."""
+    runs = {peer: Apart(make, "peer")} | extra
+    for dtype in number_types():
+        runs[f"ours {dtype}"] = Apart(make, dtype)
+        runs[f"formula alone, {dtype}"] = Apart(formula_alone, make, dtype)
+    return timed(runs, rounds), {name: run.peak for name, run in runs.items()}
 
 
 def row_vit(rounds: int, compiled: bool) -> Figures:
     """Rows 1 to 3 and 7: training step, evaluation, full fine-tuning; FLOPs, memory, and the share of the machine's."""
     peer = peer_model()
-    ours = {dtype: our_model(dtype, peer=peer) for dtype in number_types()}
-    pixels, labels = images(BATCH)
-    peer.check_equal(*ours["fp32"][1:], pixels, labels)
-    steps = {"peer fp32": peers.step(peer, pixels, labels)} | {
-        f"ours {t}": our_step(*model) for t, model in ours.items()
-    }
+    peer.check_equal(*our_model("fp32", peer=peer)[1:], *images(BATCH))
+    extra = {"full fine-tuning (timm), fp32": Apart(vit_step, "whole")}
     if compiled:
-        steps |= {f"ours {t}, compiled": our_step(*our_model(t, peer=peer), compiled=True) for t in ours}
-    whole = timm.create_model("vit_base_patch16_224", num_classes=CLASSES).to(DEVICE)
-    times = timed(steps | {"full fine-tuning (timm), fp32": peers.step(whole, pixels, labels)}, rounds)
+        extra |= {f"ours {t}, compiled": Apart(vit_step, t, LENGTH, BATCH, True) for t in number_types()}
+    times, memory = side_by_side(vit_step, "peer fp32", extra, rounds)
     made = table(f"training step, ViT-B/16, Deep-share, batch {BATCH}", times, "peer fp32", BATCH, "img")
-    made |= count_and_compare(steps, times, rounds)
-
-    def evaluate(t: str) -> Callable[[], object]:
-        _, model, vit = ours[t]
-        experts = model.eval().experts(vit)
-        return lambda: image_loss(model, vit, t == "bf16", pixels, labels, experts)
-
-    with torch.no_grad():
-        runs = {"peer fp32": lambda: peer.eval()(pixels)} | {f"ours {t}": evaluate(t) for t in ours}
-        return made | table(f"evaluation, batch {BATCH}", timed(runs, rounds), "peer fp32", BATCH, "img")
+    made |= count_and_compare(times, memory, rounds)
+    times, _ = side_by_side(vit_evaluation, "peer fp32", {}, rounds)
+    return made | table(f"evaluation, batch {BATCH}", times, "peer fp32", BATCH, "img")
 
 
-def count_and_compare(steps: dict[str, Callable], times: dict[str, float], rounds: int) -> Figures:
+def count_and_compare(times: dict[str, float], memory: dict[str, float], rounds: int) -> Figures:
     """FLOPs counted, the share of the machine's best matrix rate that they reach, and peak memory."""
-    counted = {"peer": flops(steps["peer fp32"]), "ours": flops(steps["ours fp32"])}
+    counted = {"peer": flops(vit_step("peer")), "ours": flops(vit_step("fp32"))}
     made = {"FLOPs, ours / peer": counted["ours"] / counted["peer"]}
     print("  counted: " + ", ".join(f"{name} {n / BATCH / 1e9:.1f} GFLOP per image" for name, n in counted.items()))
     for dtype in number_types():
         rate = matrix_rate(getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[dtype]), rounds)
-        best = min(s for name, s in times.items() if name.startswith(f"ours {dtype}"))
-        made[f"share of the best matrix rate, {dtype}"] = counted["ours"] / best / rate
-        print(
-            f"  {dtype}: {counted['ours'] / best / 1e12:.2f} of {rate / 1e12:.2f} TFLOP/s that a matrix product reaches"
-        )
+        reached = counted["ours"] / min(s for name, s in times.items() if name.startswith(f"ours {dtype}"))
+        made[f"share of the best matrix rate, {dtype}"] = reached / rate
+        print(f"  {dtype}: {reached / 1e12:.2f} of {rate / 1e12:.2f} TFLOP/s that a matrix product reaches")
         for card, peak in PEAKS.items():
             if DEVICE == "cuda" and card in torch.cuda.get_device_name() and dtype == "bf16":
-                made["MFU, bf16"] = counted["ours"] / best / peak
+                made["MFU, bf16"] = reached / peak
                 print(f"  MFU {100 * made['MFU, bf16']:.1f} % of {card}'s {peak / 1e12:.0f} TFLOP/s")
-    memory = {name: peak_memory(make_step, name) for name in ("peer", *number_types())}
-    print("  peak memory: " + ", ".join(f"{name} {mb:,.0f} MB" for name, mb in memory.items()))
-    return made | {f"peak memory, {name} / peer": mb / memory["peer"] for name, mb in memory.items()}
+    peaks = {name: memory[name] for name in ("peer fp32", *(f"ours {t}" for t in number_types()))}
+    print("  peak memory: " + ", ".join(f"{name} {mb:,.0f} MB" for name, mb in peaks.items()))
+    return made | {f"peak memory, {name} / peer fp32": mb / memory["peer fp32"] for name, mb in peaks.items()}
 
 
 def row_memory(rounds: int, compiled: bool) -> Figures:
@@ -155,12 +168,13 @@ def row_memory(rounds: int, compiled: bool) -> Figures:
 
 def row_scaling(rounds: int, compiled: bool) -> Figures:
     """Time per image-step over batch sizes, prefix lengths and numbers of cached images."""
-    dtype, made = number_types()[-1], Figures()
-    steps = {f"batch {b}": our_step(*our_model(dtype), batch=b) for b in (8, 16, 32, 64)}
-    times = {name: s / int(name.split()[1]) for name, s in timed(steps, rounds).items()}
-    made |= table(f"an image-step, {dtype}", times, "batch 8", 1, "img")
-    steps = {f"L {n}": our_step(*our_model(dtype, n)) for n in (10, 50, 100, 200)}
-    made |= table(f"training step, batch {BATCH}, {dtype}", timed(steps, rounds), "L 10", BATCH, "img")
+    made: Figures = {}
+    runs = {f"batch {b}": Apart(vit_step, number_types()[-1], LENGTH, b) for b in (8, 16, 32, 64)}
+    times = {name: s / int(name.split()[1]) for name, s in timed(runs, rounds).items()}
+    made |= table(f"an image-step, {number_types()[-1]}", times, "batch 8", 1, "img")
+    for dtype in number_types():
+        runs = {f"L {n}": Apart(vit_step, dtype, n) for n in (10, 50, 100, 200)}
+        made |= table(f"training step, batch {BATCH}, {dtype}", timed(runs, rounds), "L 10", BATCH, "img")
 
     def epoch(count: int) -> Callable[[], object]:
         split = Split.of(np.zeros((count, 64, 64, 3), np.uint8), np.arange(count) % 10)
@@ -204,38 +218,50 @@ def row_grid(rounds: int, compiled: bool) -> Figures:
     return made
 
 
+def gpt_step(name: str) -> Callable[[], None]:
+    """A training step of 10 texts of 64 + 64 tokens: peft's, or ours in a type."""
+    _, tuned, gpt = peers.gpt2(length=5)
+    tokens = torch.randint(50_000, (10, 2 * SOURCE), generator=torch.Generator().manual_seed(0))
+    if name == "peer":
+        return peers.peft_step(tuned, tokens, SOURCE)
+    prepare_process()
+    if name == "bf16":
+        gpt.hold_in_bf16()
+    at, labels = torch.arange(SOURCE - 1, 2 * SOURCE - 1).expand(10, -1), tokens[:, SOURCE:]
+    model = Tuned(resolve(Config(task="e2e", share="deep", length=5)), gpt, 0)
+
+    def step() -> None:
+        text_loss(model, gpt, name == "bf16", tokens, at, labels)[0].backward()
+        model.zero_grad()
+
+    return step
+
+
+def gpt_beams(name: str) -> Callable[[], object]:
+    """32 tokens for 16 prompts of 20 by 5 beams: transformers' `generate`, or ours in a type."""
+    theirs, _, gpt = peers.gpt2(length=5)
+    prompts = torch.randint(50_000, (16, 20), generator=torch.Generator().manual_seed(0))
+    if name == "peer":
+        beam = {"num_beams": 5, "max_new_tokens": 32, "do_sample": False, "pad_token_id": 50256}
+        return lambda: theirs.generate(prompts, attention_mask=torch.ones_like(prompts), **beam)
+    prepare_process()
+    if name == "bf16":
+        gpt.hold_in_bf16()
+    return lambda: gpt.generate(prompts.tolist(), beams=5, max_new=32)
+
+
 def row_gpt(rounds: int, compiled: bool) -> Figures:
-    """Row 6: GPT-2 124M, a step of 10 texts (64 + 64 tokens), and 32 tokens for 16 prompts of 20 by 5 beams."""
-    theirs, tuned, ours = peers.gpt2(length=5)
-    made, source = torch.Generator().manual_seed(0), 64
-    tokens = torch.randint(50_000, (10, 2 * source), generator=made)
-    at = torch.arange(source - 1, 2 * source - 1).expand(10, -1)
-    held = type(ours)()
-    held.load_state_dict(ours.state_dict())
-    held.requires_grad_(False).hold_in_bf16()
-    config = resolve(Config(task="e2e", share="deep", length=5))
-    model = Tuned(config, ours, 0)
-
-    def step(gpt: nn.Module, bf16: bool) -> Callable[[], None]:
-        def run() -> None:
-            text_loss(model, gpt, bf16, tokens, at, tokens[:, source:])[0].backward()
-            model.zero_grad()
-
-        return run
-
-    steps = {"transformers + peft fp32": peers.peft_step(tuned, tokens, source), "ours fp32": step(ours, False)}
-    steps |= {"ours bf16": step(held, True)} if "bf16" in number_types() else {}
-    times = timed(steps, rounds)
-    figures = table("training step, GPT-2 124M, 10 x (64 + 64) tokens", times, "transformers + peft fp32", 10, "texts")
-    count = flops(steps["ours fp32"])
-    print(f"  counted: {count / 1e9:.0f} GFLOP a step, {count / times['ours fp32'] / 1e12:.2f} TFLOP/s in fp32")
-    figures["share of the best matrix rate, gpt fp32"] = count / times["ours fp32"] / matrix_rate(torch.float32, rounds)
-    prompts = torch.randint(50_000, (16, 20), generator=made)
-    beam = {"num_beams": 5, "max_new_tokens": 32, "do_sample": False, "pad_token_id": 50256}
-    runs = {"transformers": lambda: theirs.generate(prompts, **beam)}
-    runs |= {"ours": lambda: ours.generate(prompts.tolist(), beams=5, max_new=32)}
-    title = "beam search, 16 prompts of 20 tokens, 5 beams, 32 tokens, fp32"
-    return figures | table(title, timed(runs, rounds), "transformers", 16 * 32, "tokens")
+    """Rows 6 and 7: GPT-2 124M, a training step and beam search, against transformers and peft."""
+    peer = "transformers + peft fp32"
+    times, _ = side_by_side(gpt_step, peer, {}, rounds)
+    figures = table("training step, GPT-2 124M, 10 x (64 + 64) tokens", times, peer, 10, "texts")
+    count, best = flops(gpt_step("fp32")), matrix_rate(torch.float32, rounds)
+    reached = count / times["ours fp32"]
+    print(f"  counted: {count / 1e9:.0f} GFLOP a step; fp32: {reached / 1e12:.2f} of {best / 1e12:.2f} TFLOP/s")
+    figures["share of the best matrix rate, gpt fp32"] = reached / best
+    times, _ = side_by_side(gpt_beams, "transformers fp32", {}, rounds)
+    title = "beam search, 16 prompts of 20 tokens, 5 beams, 32 tokens"
+    return figures | table(title, times, "transformers fp32", 16 * 32, "tokens")
 
 
 def row_experiment(figures: Figures) -> Figures:

@@ -47,6 +47,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, gates: l
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """The same numbers from PyTorch's fused kernel (flash attention on CUDA), which never stores the scores."""
+    q = q.contiguous()  # a copy, lest backward keep the whole product (q, k and v of all tokens) that q is a view of
     return F.scaled_dot_product_attention(q, k, v, mask)  # (B, H, Nq, Dh)
 
 

@@ -1,13 +1,16 @@
 """Measuring: seconds by turns, operations counted, the best a matrix product reaches here, memory.
 
 Candidates take turns and the best round of each counts, so that a busy machine disturbs all alike: read the ratios.
+What is compared runs in a process of its own, started as its user would: what one sets for memory helps no other.
 """
 
 import multiprocessing
-import os
+import re
+import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -15,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s, from NVIDIA's data sheets
@@ -30,16 +35,16 @@ def types() -> list[str]:
 def timed(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Seconds of each candidate: the best of `rounds`, in which they take turns, after one round to warm up."""
     best = dict.fromkeys(candidates, float("inf"))
-    for turn in range(rounds + 1):
-        for name, run in candidates.items():
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            if turn:
-                best[name] = min(best[name], time.perf_counter() - start)
+    turns = [(turn, *candidate) for turn in range(rounds + 1) for candidate in candidates.items()]
+    for turn, name, run in tqdm(turns, unit="run", leave=False, delay=2):
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        if turn:
+            best[name] = min(best[name], time.perf_counter() - start)
     return best
 
 
@@ -71,30 +76,90 @@ def rate(epochs: Iterable[Iterable], seconds: float) -> float:
     return 0.0
 
 
-def peak_memory(make: Callable[..., Callable], *args: object) -> float:
-    """MB that make(*args) and two calls of what it makes add to a new process; on CUDA, of the GPU's memory."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_peak, args=(queue, make, *args))
-    process.start()
-    made = queue.get()
-    process.join()
-    return made / 1024
+class Apart:
+    """What make(*args) makes, in a process of its own, as its user would start it: call it, and it runs there once.
+
+    Whatever goes wrong there is raised here.
+    """
+
+    def __init__(self, make: Callable[..., Callable], *args: object):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        context.Process(target=_serve, args=(theirs, make, *args), daemon=True).start()
+        theirs.close()
+        self.hear()
+
+    def hear(self) -> float:
+        """MB that make(*args) and all runs so far have added to the process; on CUDA, of the GPU's memory."""
+        said = self.pipe.recv()
+        if isinstance(said, Exception):
+            raise said
+        self.peak = said
+        return said
+
+    def __call__(self) -> None:
+        self.pipe.send("run")
+        self.hear()
 
 
-def most_resident() -> int:
-    """kB of memory that this process has had at most; its parent's do not count, as they do in ru_maxrss."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1])
-
-
-def _peak(queue: multiprocessing.Queue, make: Callable[..., Callable], *args: object) -> None:
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+def _serve(pipe: Connection, make: Callable[..., Callable], *args: object) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair, who ends this process too
     before = most_resident()
+    try:
+        run = make(*args)
+        while True:
+            pipe.send(torch.cuda.max_memory_allocated() / 1e6 if DEVICE == "cuda" else most_resident() - before)
+            pipe.recv()
+            run()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+    except (EOFError, BrokenPipeError):  # nobody listens any more
+        pass
+    except Exception as error:  # noqa: BLE001  whatever it is, it belongs to who asked
+        pipe.send(error)
+
+
+def most_resident() -> float:
+    """MB of memory that this process has had at most; its parent's do not count, as they do in ru_maxrss."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1e3
+
+
+FORMULA = re.compile(  # what no rewriting can leave out, as PyTorch's kernels name it, with and without autograd
+    "_*(linear|matmul|mm|addmm|bmm|baddbmm|convolution|scaled_dot_product[a-z_]*|(log_)?softmax|gelu|(native_)?layer_norm"
+    "|add|topk)(_backward|_backward_data)?"
+)
+
+
+class Calls(TorchDispatchMode):
+    """Remembers the calls of all of PyTorch's operations whose names match."""
+
+    def __init__(self, names: re.Pattern):
+        super().__init__()
+        self.names = names
+        self.calls: list[partial] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        call = partial(function, *args, **kwargs or {})
+        if self.names.fullmatch(function.overloadpacket.__name__):
+            self.calls.append(call)
+        return call()
+
+
+def formula_alone(make: Callable[..., Callable], *args: object) -> Callable[[], None]:
+    """Of what make(*args) runs: products, attention, GELU, norms, sums, on the same tensors, and nothing else.
+
+    Its time is the least that these operations allow: no copy, cast, concatenation, mask or new parameter.
+    """
     run = make(*args)
-    for _ in range(2):
+    with Calls(FORMULA) as made:
         run()
-    queue.put(torch.cuda.max_memory_allocated() / 1024 if DEVICE == "cuda" else most_resident() - before)
+
+    def alone() -> None:
+        for call in made.calls:
+            call()
+
+    return torch.inference_mode()(alone)
 
 
 def kept_for_backward(run: Callable[[], object], parameters: Iterable[Tensor]) -> int:

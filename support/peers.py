@@ -5,6 +5,7 @@ layers' maps, the whole last block, fp32 (VPT and the paper's code are built so)
 decodes every image in every epoch. Text: transformers and peft, if they are installed.
 """
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,6 +121,7 @@ def gpt2(length: int) -> tuple[nn.Module, nn.Module, GPT]:
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError:
         raise UsageError("row gpt compares with transformers and peft: pip install transformers peft") from None
+    warnings.simplefilter("ignore", FutureWarning)  # between the two of them
     torch.manual_seed(0)
     theirs = GPT2LMHeadModel(GPT2Config()).eval().requires_grad_(False)
     ours = GPT()

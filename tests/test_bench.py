@@ -1,21 +1,22 @@
 """bench.py measures the same work on both sides; and what must hold for a GPU, as far as a CPU can tell."""
 
 import json
+import re
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
 import vit
 from bench import main
-from data import load
+from data import UsageError, load
 from gpt import GPT
 from prefix import SHARE
 from support import peers
-from support.measure import timed
+from support.measure import Apart, Calls, formula_alone, timed
 from support.options import Config, resolve
 from train import Tuned, image_loss, make_optimizer, text_loss, train
 from vit import ViT
@@ -23,16 +24,11 @@ from vit import ViT
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal")  # what needs a value from the GPU
 
 
-class Calls(TorchDispatchMode):
+def names_of(run: Callable[[], object]) -> list[str]:
     """Names of all operations, in order."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function.overloadpacket.__name__)
-        return function(*args, **kwargs or {})
+    with Calls(re.compile(".*")) as made:
+        run()
+    return [call.func.overloadpacket.__name__ for call in made.calls]
 
 
 def vision_step(share: str) -> list[str]:
@@ -42,11 +38,13 @@ def vision_step(share: str) -> list[str]:
     model = Tuned(config, small, 5)
     optimizer = make_optimizer(config, model)
     pixels, labels = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8), torch.arange(4)
-    with Calls() as calls:
+
+    def step():
         image_loss(model, small, True, pixels, labels)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
-    return calls.names
+
+    return names_of(step)
 
 
 @pytest.mark.parametrize("share", SHARE)
@@ -66,16 +64,17 @@ def test_no_operation_of_a_text_step_waits_for_the_gpu():
         torch.tensor([[4, 5, 6], [3, 4, 4]]),
         torch.tensor([[1, 2, 3], [4, 5, -100]]),
     )
-    with Calls() as calls:
+
+    def step():
         text_loss(model, gpt, False, tokens, at, labels)[0].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    assert len(calls.names) > 100
-    assert not set(calls.names) & set(WAITS)
-    with Calls() as calls:
-        torch.ones(1).item()
-    assert set(calls.names) & set(WAITS)  # it would have been seen
+
+    names = names_of(step)
+    assert len(names) > 100
+    assert not set(names) & set(WAITS)
+    assert set(names_of(lambda: torch.ones(1).item())) & set(WAITS)  # it would have been seen
 
 
 def test_attention_inputs_are_what_the_flash_kernel_takes(monkeypatch):
@@ -130,6 +129,40 @@ def test_candidates_take_turns_and_the_best_round_counts():
     times = timed({"a": lambda: turns.append("a"), "b": lambda: (turns.append("b"), time.sleep(next(naps)))}, 2)
     assert "".join(turns) == "ababab"
     assert 0.02 <= times["b"] < 0.03  # the first round, 0.03 s, only warms up
+
+
+def take(mb: int) -> Callable[[], None]:
+    """What allocates and fills so much memory; or fails, if it is asked for none."""
+    if not mb:
+        raise UsageError("nothing to take")
+
+    def run():
+        torch.ones(mb * 250_000)
+
+    return run
+
+
+def test_a_candidate_runs_in_a_process_of_its_own_which_knows_its_memory_and_whose_faults_are_raised_here():
+    run = Apart(take, 200)
+    assert run.peak < 100
+    run()
+    assert 190 <= run.peak < 300  # a little was free before
+    with pytest.raises(UsageError, match="nothing to take"):
+        Apart(take, 0)
+
+
+def test_the_formula_alone_repeats_products_attention_and_norms_and_leaves_copies_out():
+    x, w = torch.randn(2, 3, 4, requires_grad=True), torch.randn(4, 4)
+
+    def step():
+        y = F.layer_norm(F.gelu(F.linear(x, w)), (4,))
+        torch.cat([y, F.scaled_dot_product_attention(y, y, y).double().float()]).softmax(-1)[0, 0, 0].backward()
+
+    names = names_of(formula_alone(lambda: step))
+    assert {"mm", "gelu", "native_layer_norm", "_softmax"} <= set(names)
+    assert {"gelu_backward", "native_layer_norm_backward", "_softmax_backward_data"} <= set(names)
+    assert not {"cat", "_to_copy", "copy_", "select_backward", "view", "t"} & set(names)
+    assert "cat" in names_of(step)
 
 
 @pytest.mark.slow

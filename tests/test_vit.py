@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from prefix import Prefix
-from vit import ViT, attend, attend_fused
+from support.measure import kept_for_backward
+from vit import Attention, ViT, attend, attend_fused
 
 
 def mixture_of_experts(q, k, v, prefix_k, prefix_v):
@@ -204,3 +205,12 @@ def test_a_saved_vit_loads_as_it_was_and_a_damaged_file_is_refused(small_vit, tm
     save_file(small_vit.state_dict(), path)
     with pytest.raises(ValueError, match="no ViT"):
         ViT.from_file(path)
+
+
+def test_attention_keeps_queries_keys_values_and_output_for_backward_and_not_the_product_they_come_from():
+    B, N, L, D, H = 2, 5, 3, 64, 2
+    attention = Attention(D, H).requires_grad_(False)
+    x, prefix = torch.randn(B, N, D, requires_grad=True), torch.randn(2, H, L, D // H, requires_grad=True)
+    kept = kept_for_backward(lambda: attention(x, prefix), attention.parameters())
+    log_sums = B * H * N
+    assert kept == 4 * (B * N * D + 2 * B * (L + N) * D + B * N * D + log_sums)
