@@ -79,27 +79,25 @@ def rate(epochs: Iterable[Iterable], seconds: float) -> float:
 class Apart:
     """What make(*args) makes, in a process of its own, as its user would start it: call it, and it runs there once.
 
-    Whatever goes wrong there is raised here.
+    It is made, and run for the first time, at once and beside all others; the first call only waits for that. Whatever
+    goes wrong there is raised here. peak: MB that all this has added to the process; on CUDA, of the GPU's memory.
     """
+
+    peak = -1.0
 
     def __init__(self, make: Callable[..., Callable], *args: object):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         context.Process(target=_serve, args=(theirs, make, *args), daemon=True).start()
         theirs.close()
-        self.hear()
 
-    def hear(self) -> float:
-        """MB that make(*args) and all runs so far have added to the process; on CUDA, of the GPU's memory."""
+    def __call__(self) -> None:
+        if self.peak >= 0:
+            self.pipe.send("again")
         said = self.pipe.recv()
         if isinstance(said, Exception):
             raise said
         self.peak = said
-        return said
-
-    def __call__(self) -> None:
-        self.pipe.send("run")
-        self.hear()
 
 
 def _serve(pipe: Connection, make: Callable[..., Callable], *args: object) -> None:
@@ -108,11 +106,11 @@ def _serve(pipe: Connection, make: Callable[..., Callable], *args: object) -> No
     try:
         run = make(*args)
         while True:
-            pipe.send(torch.cuda.max_memory_allocated() / 1e6 if DEVICE == "cuda" else most_resident() - before)
-            pipe.recv()
             run()
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
+            pipe.send(torch.cuda.max_memory_allocated() / 1e6 if DEVICE == "cuda" else most_resident() - before)
+            pipe.recv()
     except (EOFError, BrokenPipeError):  # nobody listens any more
         pass
     except Exception as error:  # noqa: BLE001  whatever it is, it belongs to who asked

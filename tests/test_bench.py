@@ -143,12 +143,14 @@ def take(mb: int) -> Callable[[], None]:
 
 
 def test_a_candidate_runs_in_a_process_of_its_own_which_knows_its_memory_and_whose_faults_are_raised_here():
-    run = Apart(take, 200)
-    assert run.peak < 100
+    little, run = Apart(take, 1), Apart(take, 200)
+    little()
     run()
+    run()
+    assert 0 < little.peak < 100
     assert 190 <= run.peak < 300  # a little was free before
     with pytest.raises(UsageError, match="nothing to take"):
-        Apart(take, 0)
+        Apart(take, 0)()
 
 
 def test_the_formula_alone_repeats_products_attention_and_norms_and_leaves_copies_out():
