@@ -175,6 +175,8 @@ def row_scaling(rounds: int, compiled: bool) -> Figures:
     for dtype in number_types():
         runs = {f"L {n}": Apart(vit_step, dtype, n) for n in (10, 50, 100, 200)}
         made |= table(f"training step, batch {BATCH}, {dtype}", timed(runs, rounds), "L 10", BATCH, "img")
+        runs = {f"L {n}": Apart(formula_alone, vit_step, dtype, n) for n in (10, 200)}
+        made |= table(f"its formula alone, {dtype}", timed(runs, rounds), "L 10", BATCH, "img")
 
     def epoch(count: int) -> Callable[[], object]:
         split = Split.of(np.zeros((count, 64, 64, 3), np.uint8), np.arange(count) % 10)

@@ -137,9 +137,12 @@ def folder_listing(folder: Path, classes: list[str], images: list[tuple[str, str
         try:
             listing = json.loads((folder / "split.json").read_bytes(), object_pairs_hook=once_each)
             named = [pair for split in SPLITS for pair in listing[split].items()]
-            assert all(listing[split] for split in SPLITS), "a split is empty"
-            assert set(named) <= set(images), f"it has {min(set(named) - set(images))}, which is not in the folder"
-            assert len(dict(named)) == len(named), "an image is in two splits"
+            if not all(listing[split] for split in SPLITS):
+                raise ValueError("a split is empty")
+            if strange := set(named) - set(images):
+                raise ValueError(f"it has {min(strange)}, which is not in the folder")
+            if len(dict(named)) < len(named):
+                raise ValueError("an image is in two splits")
         except Exception as error:
             raise UsageError(
                 f"{folder / 'split.json'} must give train, val and test as {{file: class}} ({error}); mend or delete it"

@@ -157,9 +157,10 @@ class Results:
         for text in path.read_bytes().splitlines() if path.exists() else ():
             try:
                 line = json.loads(text)
-                assert line.pop("crc32") == self.checksum(line)
+                if line.pop("crc32") != self.checksum(line):
+                    raise ValueError("checksum")
                 self.lines[self.key(line["settings"], line["stop"])] = line
-            except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 tqdm.write(f"{path}: a line is damaged; its run is done again", file=sys.stderr)
 
     @staticmethod

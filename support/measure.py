@@ -125,7 +125,7 @@ def most_resident() -> float:
 
 FORMULA = re.compile(  # what no rewriting can leave out, as PyTorch's kernels name it, with and without autograd
     "_*(linear|matmul|mm|addmm|bmm|baddbmm|convolution|scaled_dot_product[a-z_]*|(log_)?softmax|gelu|(native_)?layer_norm"
-    "|add|topk)(_backward|_backward_data)?"
+    "|bernoulli_|add|topk)(_backward|_backward_data)?"
 )
 
 
@@ -145,9 +145,9 @@ class Calls(TorchDispatchMode):
 
 
 def formula_alone(make: Callable[..., Callable], *args: object) -> Callable[[], None]:
-    """Of what make(*args) runs: products, attention, GELU, norms, sums, on the same tensors, and nothing else.
+    """Of what make(*args) runs: products, attention, GELU, norms, sums, dropout's mask, on the same tensors.
 
-    Its time is the least that these operations allow: no copy, cast, concatenation, mask or new parameter.
+    Its time is the least that these operations allow: no copy, cast, concatenation, optimiser.
     """
     run = make(*args)
     with Calls(FORMULA) as made:
