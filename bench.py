@@ -61,7 +61,6 @@ def images(batch: int) -> tuple[Tensor, Tensor]:
 
 def our_model(dtype: Any, length: int = LENGTH, peer: peers.Peer | None = None) -> tuple[Config, Tuned, ViT]:
     """This repository's Deep-share on ViT-B/16; with `peer`: with that one's weights."""
-    prepare_process()  # as train.py does; a peer's user does not
     config = resolve(Config(task="cub", share="deep", length=length, dtype=dtype, lr=1e-3, wd=0.0))
     vit = ViT().to(DEVICE).requires_grad_(False)
     model = Tuned(config, vit, CLASSES).to(DEVICE)
@@ -108,12 +107,18 @@ def vit_evaluation(name: str) -> Callable[[], object]:
     return torch.no_grad()(lambda: image_loss(model, vit, name == "bf16", pixels, labels, experts))
 
 
+def prepared(make: Callable[..., Callable], *args: object) -> Callable:
+    """make(*args) in a process that keeps freed memory, as train.py does; who uses a peer would not think of it."""
+    prepare_process()
+    return make(*args)
+
+
 def side_by_side(make: Callable, peer: str, extra: dict[str, Apart], rounds: int) -> tuple[dict, dict]:
-    """Seconds and MB of the peer, of ours in every type, and of ours reduced to what the formula needs."""
-    runs = {peer: Apart(make, "peer")} | extra
+    """Seconds and MB of the peer as it is and prepared, of ours in every type, and of ours reduced to its formula."""
+    runs = {peer: Apart(make, "peer"), f"{peer}, prepared": Apart(prepared, make, "peer")} | extra
     for dtype in number_types():
-        runs[f"ours {dtype}"] = Apart(make, dtype)
-        runs[f"formula alone, {dtype}"] = Apart(formula_alone, make, dtype)
+        runs[f"ours {dtype}"] = Apart(prepared, make, dtype)
+        runs[f"formula alone, {dtype}"] = Apart(prepared, formula_alone, make, dtype)
     return timed(runs, rounds), {name: run.peak for name, run in runs.items()}
 
 
@@ -123,7 +128,7 @@ def row_vit(rounds: int, compiled: bool) -> Figures:
     peer.check_equal(*our_model("fp32", peer=peer)[1:], *images(BATCH))
     extra = {"full fine-tuning (timm), fp32": Apart(vit_step, "whole")}
     if compiled:
-        extra |= {f"ours {t}, compiled": Apart(vit_step, t, LENGTH, BATCH, True) for t in number_types()}
+        extra |= {f"ours {t}, compiled": Apart(prepared, vit_step, t, LENGTH, BATCH, True) for t in number_types()}
     times, memory = side_by_side(vit_step, "peer fp32", extra, rounds)
     made = table(f"training step, ViT-B/16, Deep-share, batch {BATCH}", times, "peer fp32", BATCH, "img")
     made |= count_and_compare(times, memory, rounds)
@@ -137,10 +142,10 @@ def count_and_compare(times: dict[str, float], memory: dict[str, float], rounds:
     made = {"FLOPs, ours / peer": counted["ours"] / counted["peer"]}
     print("  counted: " + ", ".join(f"{name} {n / BATCH / 1e9:.1f} GFLOP per image" for name, n in counted.items()))
     for dtype in number_types():
-        rate = matrix_rate(getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[dtype]), rounds)
+        best = matrix_rate(getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[dtype]), rounds)
         reached = counted["ours"] / min(s for name, s in times.items() if name.startswith(f"ours {dtype}"))
-        made[f"share of the best matrix rate, {dtype}"] = reached / rate
-        print(f"  {dtype}: {reached / 1e12:.2f} of {rate / 1e12:.2f} TFLOP/s that a matrix product reaches")
+        made[f"share of the best matrix rate, {dtype}"] = reached / best
+        print(f"  {dtype}: {reached / 1e12:.2f} of {best / 1e12:.2f} TFLOP/s that a matrix product reaches")
         for card, peak in PEAKS.items():
             if DEVICE == "cuda" and card in torch.cuda.get_device_name() and dtype == "bf16":
                 made["MFU, bf16"] = reached / peak
@@ -169,13 +174,13 @@ def row_memory(rounds: int, compiled: bool) -> Figures:
 def row_scaling(rounds: int, compiled: bool) -> Figures:
     """Time per image-step over batch sizes, prefix lengths and numbers of cached images."""
     made: Figures = {}
-    runs = {f"batch {b}": Apart(vit_step, number_types()[-1], LENGTH, b) for b in (8, 16, 32, 64)}
+    runs = {f"batch {b}": Apart(prepared, vit_step, number_types()[-1], LENGTH, b) for b in (8, 16, 32, 64)}
     times = {name: s / int(name.split()[1]) for name, s in timed(runs, rounds).items()}
     made |= table(f"an image-step, {number_types()[-1]}", times, "batch 8", 1, "img")
     for dtype in number_types():
-        runs = {f"L {n}": Apart(vit_step, dtype, n) for n in (10, 50, 100, 200)}
+        runs = {f"L {n}": Apart(prepared, vit_step, dtype, n) for n in (10, 50, 100, 200)}
         made |= table(f"training step, batch {BATCH}, {dtype}", timed(runs, rounds), "L 10", BATCH, "img")
-        runs = {f"L {n}": Apart(formula_alone, vit_step, dtype, n) for n in (10, 200)}
+        runs = {f"L {n}": Apart(prepared, formula_alone, vit_step, dtype, n) for n in (10, 200)}
         made |= table(f"its formula alone, {dtype}", timed(runs, rounds), "L 10", BATCH, "img")
 
     def epoch(count: int) -> Callable[[], object]:
@@ -226,7 +231,6 @@ def gpt_step(name: str) -> Callable[[], None]:
     tokens = torch.randint(50_000, (10, 2 * SOURCE), generator=torch.Generator().manual_seed(0))
     if name == "peer":
         return peers.peft_step(tuned, tokens, SOURCE)
-    prepare_process()
     if name == "bf16":
         gpt.hold_in_bf16()
     at, labels = torch.arange(SOURCE - 1, 2 * SOURCE - 1).expand(10, -1), tokens[:, SOURCE:]
@@ -246,7 +250,6 @@ def gpt_beams(name: str) -> Callable[[], object]:
     if name == "peer":
         beam = {"num_beams": 5, "max_new_tokens": 32, "do_sample": False, "pad_token_id": 50256}
         return lambda: theirs.generate(prompts, attention_mask=torch.ones_like(prompts), **beam)
-    prepare_process()
     if name == "bf16":
         gpt.hold_in_bf16()
     return lambda: gpt.generate(prompts.tolist(), beams=5, max_new=32)

@@ -32,17 +32,21 @@ def types() -> list[str]:
     return ["fp32"] + ["bf16"] * (DEVICE == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
+def wait() -> None:
+    """Until the GPU, if there is one, has done what it was given."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
 def timed(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Seconds of each candidate: the best of `rounds`, in which they take turns, after one round to warm up."""
     best = dict.fromkeys(candidates, float("inf"))
     turns = [(turn, *candidate) for turn in range(rounds + 1) for candidate in candidates.items()]
     for turn, name, run in tqdm(turns, unit="run", leave=False, delay=2):
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        wait()
         start = time.perf_counter()
         run()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        wait()
         if turn:
             best[name] = min(best[name], time.perf_counter() - start)
     return best
@@ -107,8 +111,7 @@ def _serve(pipe: Connection, make: Callable[..., Callable], *args: object) -> No
         run = make(*args)
         while True:
             run()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
+            wait()
             pipe.send(torch.cuda.max_memory_allocated() / 1e6 if DEVICE == "cuda" else most_resident() - before)
             pipe.recv()
     except (EOFError, BrokenPipeError):  # nobody listens any more
@@ -123,7 +126,7 @@ def most_resident() -> float:
     return int(line.split()[1]) / 1e3
 
 
-FORMULA = re.compile(  # what no rewriting can leave out, as PyTorch's kernels name it, with and without autograd
+FORMULA = re.compile(  # what a step computes, rather than moves, as PyTorch names it with and without autograd
     "_*(linear|matmul|mm|addmm|bmm|baddbmm|convolution|scaled_dot_product[a-z_]*|(log_)?softmax|gelu|(native_)?layer_norm"
     "|bernoulli_|add|topk)(_backward|_backward_data)?"
 )
@@ -147,7 +150,8 @@ class Calls(TorchDispatchMode):
 def formula_alone(make: Callable[..., Callable], *args: object) -> Callable[[], None]:
     """Of what make(*args) runs: products, attention, GELU, norms, sums, dropout's mask, on the same tensors.
 
-    Its time is the least that these operations allow: no copy, cast, concatenation, optimiser.
+    Its time is what is left if every copy, cast, concatenation and the optimiser cost nothing. A faster kernel for one
+    of these operations would go below it.
     """
     run = make(*args)
     with Calls(FORMULA) as made:

@@ -147,7 +147,7 @@ def test_a_candidate_runs_in_a_process_of_its_own_which_knows_its_memory_and_who
     little()
     run()
     run()
-    assert 0 < little.peak < 100
+    assert 0 <= little.peak < 100
     assert 190 <= run.peak < 300  # a little was free before
     with pytest.raises(UsageError, match="nothing to take"):
         Apart(take, 0)()
