@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from test_pixels import many
 from data import load
 from support import weights
 from support.options import Config
+from support.usage import exit_code
 from train import train
 
 ROOT = Path(__file__).parent.parent
@@ -170,6 +172,19 @@ def test_ctrl_c_at_random_moments_ends_in_a_sentence_and_the_same_command_goes_o
     assert Started(script, *words, "--out", broken).end()[0] == 0
     for path in (tmp_path / "whole").rglob("metrics.jsonl"):
         assert path.read_bytes() == (broken / path.relative_to(tmp_path / "whole")).read_bytes()
+
+
+def test_ctrl_c_that_an_import_turns_into_an_error_of_its_own_still_ends_in_the_sentence(capsys):
+    def work() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("cannot import name 'FigureCanvasAgg'") from None  # what matplotlib's backend does
+
+    assert exit_code(work, "stopped") == 130
+    assert capsys.readouterr().err == "stopped\n"
+    with pytest.raises(ImportError):  # without Ctrl-C it is a fault of the program, and is shown as one
+        exit_code(lambda: import_module("no_such_module"))
 
 
 @pytest.mark.slow
