@@ -5,8 +5,8 @@
     python data.py photos/      the same for a folder of your own images
 
 FGVC, VTAB-1K and the text tasks come over the network, unless the folder given with --data-dir holds them in one of
-their usual layouts; support/benchmarks.py and support/text.py have their addresses and the published settings. How
-images become batches: support/pixels.py; how texts do: support/tokens.py.
+their usual layouts; support/benchmarks.py and support/corpora.py have their addresses and the published settings. How
+images become batches: support/images.py; how texts do: support/language.py.
 """
 
 import difflib
@@ -28,19 +28,33 @@ from torchvision.datasets import FashionMNIST, ImageFolder
 
 from support import benchmarks
 from support.benchmarks import SPLITS
-from support.download import UsageError, fetch, write
-from support.pixels import Dataset, Split, normalise, prepare_all, stratified
-from support.text import TEXT_TASKS, Text, encoding, load_jsonl
-from support.usage import Parser, exit_code
+from support.corpora import TEXT_TASKS, Text, load_jsonl
+from support.corpora import encoding as encoding_of
+from support.files import Parser, UsageError, exit_code, fetch, write
+from support.images import Dataset, Split, normalise, prepare_all, stratified
 
-__all__ = ["TASKS", "Dataset", "Split", "Task", "Text", "UsageError", "find", "load", "normalise", "title", "write"]
+__all__ = [
+    "TASKS",
+    "Dataset",
+    "Split",
+    "Task",
+    "Text",
+    "UsageError",
+    "find",
+    "load",
+    "normalise",
+    "title",
+    "write",
+]
 
 ASSETS = Path(__file__).parent / "assets"
 
 
 def resized(grey: np.ndarray, side: int) -> np.ndarray:
     """Grey images (n, h, w) uint8 as (n, side, side, 3)."""
-    images = [np.asarray(Image.fromarray(g).resize((side, side), Image.Resampling.BILINEAR)) for g in grey]
+    images = [
+        np.asarray(Image.fromarray(g).resize((side, side), Image.Resampling.BILINEAR)) for g in grey
+    ]
     return np.stack(images)[..., None].repeat(3, axis=-1)
 
 
@@ -49,9 +63,14 @@ def load_digits(root: Path, size: int) -> dict:
     path = ASSETS / "digits.npz"
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            images, labels = file["images"], file["labels"]  # (1797, 8, 8) uint8 from 0 to 16, (1797,)
+            images, labels = (
+                file["images"],
+                file["labels"],
+            )  # (1797, 8, 8) uint8 from 0 to 16, (1797,)
     except FileNotFoundError:
-        raise UsageError(f"{path} is missing; it comes with the repository: git checkout {path}") from None
+        raise UsageError(
+            f"{path} is missing; it comes with the repository: git checkout {path}"
+        ) from None
     except Exception as error:
         raise UsageError(f"{path} is damaged ({error}); restore it: git checkout {path}") from error
     pixels = resized((images.astype(np.uint16) * 255 // 16).astype(np.uint8), size)
@@ -62,7 +81,12 @@ def load_digits(root: Path, size: int) -> dict:
 
 def fashion_mnist(name: str, root: Path) -> Path | None:
     """The user's own copy of a file, torchvision's, or the one of Debian's dataset-fashion-mnist."""
-    folders = (root, root / "fashion_mnist", root / "FashionMNIST" / "raw", Path("/usr/share/datasets/fashion-mnist"))
+    folders = (
+        root,
+        root / "fashion_mnist",
+        root / "FashionMNIST" / "raw",
+        Path("/usr/share/datasets/fashion-mnist"),
+    )
     return next((folder / name for folder in folders if (folder / name).exists()), None)
 
 
@@ -73,9 +97,13 @@ def load_fashion_mnist(root: Path, size: int) -> dict:
         own, url = fashion_mnist(name, root), FashionMNIST.mirrors[0] + name
         path = own or fetch([url], root / "fashion_mnist" / name, f"md5:{md5}")
         try:
-            raw.append(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8))  # checks the sum inside
+            raw.append(
+                np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8)
+            )  # checks the sum inside
         except (OSError, EOFError, zlib.error) as error:
-            raise UsageError(f"{path} is damaged ({error}); delete it, or put a whole copy in its place") from error
+            raise UsageError(
+                f"{path} is damaged ({error}); delete it, or put a whole copy in its place"
+            ) from error
     images, labels = raw[0][16:].reshape(-1, 28, 28), raw[1][8:]  # behind the files' headers
 
     def split(images: np.ndarray, labels: np.ndarray) -> Split:
@@ -101,7 +129,9 @@ def load_folder(folder: Path, root: Path, size: int) -> dict:
         classes = parts["train"][0]
         for split, (names, _) in parts.items():
             if strange := sorted(set(names) - set(classes)):
-                raise UsageError(f"{folder / split} has the class '{strange[0]}', but {folder / 'train'} has not")
+                raise UsageError(
+                    f"{folder / split} has the class '{strange[0]}', but {folder / 'train'} has not"
+                )
         files = {
             split: [(f"{split}/{file}", classes.index(name)) for file, name in images]
             for split, (_, images) in parts.items()
@@ -109,7 +139,10 @@ def load_folder(folder: Path, root: Path, size: int) -> dict:
     else:
         classes, images = classes_and_files(folder)
         listing = folder_listing(folder, classes, images)
-        files = {split: [(file, classes.index(name)) for file, name in listing[split].items()] for split in SPLITS}
+        files = {
+            split: [(file, classes.index(name)) for file, name in listing[split].items()]
+            for split in SPLITS
+        }
     rule = round(size * 256 / 224)
     splits = prepare_all(root, title(str(folder)), folder, files, rule)
     return {"classes": classes, "splits": splits, "rule": rule, "listing": listing}
@@ -121,7 +154,9 @@ def classes_and_files(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
         found = ImageFolder(folder)
     except OSError as error:
         raise UsageError(f"{folder} needs a folder of images per class: {error}") from error
-    return found.classes, [(Path(path).relative_to(folder).as_posix(), found.classes[i]) for path, i in found.samples]
+    return found.classes, [
+        (Path(path).relative_to(folder).as_posix(), found.classes[i]) for path, i in found.samples
+    ]
 
 
 def once_each(pairs: list[tuple[str, object]]) -> dict:
@@ -131,7 +166,9 @@ def once_each(pairs: list[tuple[str, object]]) -> dict:
     return dict(pairs)
 
 
-def folder_listing(folder: Path, classes: list[str], images: list[tuple[str, str]]) -> dict[str, dict[str, str]]:
+def folder_listing(
+    folder: Path, classes: list[str], images: list[tuple[str, str]]
+) -> dict[str, dict[str, str]]:
     """The split {split: {file: class}}: the folder's own split.json, else 80 / 10 / 10."""
     if (folder / "split.json").exists():
         try:
@@ -149,10 +186,15 @@ def folder_listing(folder: Path, classes: list[str], images: list[tuple[str, str
             ) from error
         return listing
     if len(images) < 10:
-        raise UsageError(f"{folder} has {len(images)} images; a split into 80 / 10 / 10 % needs at least 10")
+        raise UsageError(
+            f"{folder} has {len(images)} images; a split into 80 / 10 / 10 % needs at least 10"
+        )
     order = stratified(np.array([classes.index(name) for _, name in images]), seed=0)
     parts = np.split(order, (round(0.8 * len(images)), round(0.9 * len(images))))
-    return {split: dict(sorted(images[i] for i in part)) for split, part in zip(SPLITS, parts, strict=True)}
+    return {
+        split: dict(sorted(images[i] for i in part))
+        for split, part in zip(SPLITS, parts, strict=True)
+    }
 
 
 @dataclass(frozen=True)
@@ -180,11 +222,16 @@ class Task:
 
 
 def fgvc(name: str) -> Task:
-    rows = {split: benchmarks.SPLIT_FILES[f"{benchmarks.FGVC[name].splits}/{split}"] for split in SPLITS}
+    rows = {
+        split: benchmarks.SPLIT_FILES[f"{benchmarks.FGVC[name].splits}/{split}"] for split in SPLITS
+    }
     return Task(
         "FGVC",
         partial(benchmarks.load_fgvc, name),
-        lambda root: benchmarks.fgvc_images(name, root, benchmarks.fgvc_splits(name, root, download=False)) is not None,
+        lambda root: (
+            benchmarks.fgvc_images(name, root, benchmarks.fgvc_splits(name, root, download=False))
+            is not None
+        ),
         classes=rows["train"][2],
         sizes={split: images for split, (_, images, _) in rows.items()},
         augment=True,
@@ -246,7 +293,11 @@ TASKS: dict[str, Task] = {
         augment=True,
     ),
     **{name: fgvc(name) for name in benchmarks.FGVC},
-    **{name: vtab(name, group, *row) for group, rows in benchmarks.VTAB_TASKS.items() for name, row in rows.items()},
+    **{
+        name: vtab(name, group, *row)
+        for group, rows in benchmarks.VTAB_TASKS.items()
+        for name, row in rows.items()
+    },
     **{name: language(name) for name in TEXT_TASKS},
 }
 
@@ -256,13 +307,23 @@ def find(name: str) -> Task:
     if name in TASKS:
         return TASKS[name]
     if name.endswith(".jsonl") and Path(name).is_file():
-        usual = Task("your texts", partial(load_jsonl, Path(name)), text=True, classes=0, backbone="gpt2-medium")
+        usual = Task(
+            "your texts",
+            partial(load_jsonl, Path(name)),
+            text=True,
+            classes=0,
+            backbone="gpt2-medium",
+        )
         return replace(usual, epochs=5, batch=10, usual=(5, 1e-4, 0.0))  # E2E's
     if name and Path(name).is_dir():  # Path("") is this folder
-        return Task("your images", partial(load_folder, Path(name)), augment=True, backbone=benchmarks.IN21K)
+        return Task(
+            "your images", partial(load_folder, Path(name)), augment=True, backbone=benchmarks.IN21K
+        )
     close = difflib.get_close_matches(name, TASKS, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    raise UsageError(f"no task '{name}', nor a folder or .jsonl file; {hint}tasks: {', '.join(TASKS)}")
+    raise UsageError(
+        f"no task '{name}', nor a folder or .jsonl file; {hint}tasks: {', '.join(TASKS)}"
+    )
 
 
 def title(name: str) -> str:
@@ -270,21 +331,27 @@ def title(name: str) -> str:
     return Path(os.path.abspath(name)).name
 
 
-def load(name: str, root: str | Path = "data", reads: int | str = 224) -> Dataset | Text:
-    """Everything a run needs of a task. reads: what the model does, images of that size or an encoding of that name.
+def load(
+    name: str, root: str | Path = "data", image_size: int = 224, encoding: str = ""
+) -> Dataset | Text:
+    """Everything a run needs of a task: `load(task, root, **backbone.inputs)`.
 
-    A text task has an encoding of its own if `reads` names none. UsageError says what the user can do.
+    image_size: what a ViT takes. encoding: what a GPT takes, "gpt2" or "bytes"; "" is the task's own.
+    UsageError says what the user can do.
     """
     task, root = find(name), data_dir(root)
     if task.text:
-        usual = "bytes" if task.backbone == "tiny_gpt" else "gpt2"
-        return Text(name, **task.load(root, encoding(reads if isinstance(reads, str) else usual)))
-    return Dataset(name, size=int(reads), augment=task.augment, final=task.final, **task.load(root, reads))
+        encoding = encoding or ("bytes" if task.backbone == "tiny_gpt" else "gpt2")
+        return Text(name, **task.load(root, encoding_of(encoding)))
+    images = task.load(root, image_size)
+    return Dataset(name, size=image_size, augment=task.augment, final=task.final, **images)
 
 
 def data_dir(root: str | Path) -> Path:
     if Path(root).exists() and not Path(root).is_dir():
-        raise UsageError(f"--data-dir {root} is a file; name a folder, which is made if it is missing")
+        raise UsageError(
+            f"--data-dir {root} is a file; name a folder, which is made if it is missing"
+        )
     return Path(root)
 
 
@@ -295,27 +362,41 @@ def table(root: Path) -> str:
         manual = name in benchmarks.FGVC and benchmarks.FGVC[name].manual
         state = "ready" if task.here(root) else manual or "downloaded at first use"
         train, val, test = task.sizes.values()
-        lines.append(f"{name:<22}{task.group:<22}{task.classes:>7}{train:>8,}{val:>7,}{test:>8,}  {state}")
+        lines.append(
+            f"{name:<22}{task.group:<22}{task.classes:>7}{train:>8,}{val:>7,}{test:>8,}  {state}"
+        )
     return "\n".join(lines)
 
 
 def describe(data: Dataset | Text) -> str:
     if data.text:
         pairs = data.splits["train"][:3]
-        counts = [f"{name} {len(split):,} sources, {data.count(name):,} texts" for name, split in data.splits.items()]
-        return "\n  ".join([f"{data.task}: " + "; ".join(counts), *(f"{p.source} -> {p.references[0]}" for p in pairs)])
+        counts = [
+            f"{name} {len(split):,} sources, {data.count(name):,} texts"
+            for name, split in data.splits.items()
+        ]
+        return "\n  ".join(
+            [
+                f"{data.task}: " + "; ".join(counts),
+                *(f"{p.source} -> {p.references[0]}" for p in pairs),
+            ]
+        )
     lines = [f"{data.task}: {len(data.classes)} classes"]
     for name, split in data.splits.items():
         per_class = np.bincount(split.index[:, 3], minlength=len(data.classes))
         span = f"{per_class.min()} to {per_class.max()} per class"
-        lines.append(f"  {name:<6}{len(split):>7,} images, {span}, {split.pixels.nbytes / 1e6:,.1f} MB of pixels")
+        lines.append(
+            f"  {name:<6}{len(split):>7,} images, {span}, {split.pixels.nbytes / 1e6:,.1f} MB of pixels"
+        )
     return "\n".join(lines)
 
 
 def contact_sheet(data: Dataset) -> bytes:
     """A PNG of 64 training images with their classes."""
     split, figure = data.splits["train"], Figure(figsize=(16, 18), layout="constrained")
-    for axes, i in zip(figure.subplots(8, 8).flat, stratified(split.index[:, 3], seed=0), strict=False):
+    for axes, i in zip(
+        figure.subplots(8, 8).flat, stratified(split.index[:, 3], seed=0), strict=False
+    ):
         axes.imshow(split.image(i))
         axes.set_title(data.classes[split.index[i, 3]][:24], fontsize=8, parse_math=False)
     for axes in figure.axes:
@@ -343,10 +424,22 @@ def show(name: str | None, root: Path, size: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description="List the tasks, or get one ready.", allow_abbrev=False)
-    parser.add_argument("name", metavar="task", nargs="?", help="a task, or a folder of images; without it: the list")
-    parser.add_argument("--data-dir", dest="root", type=Path, default=Path("data"), help="where data sets are kept")
-    parser.add_argument("--size", type=int, default=224, help="input size of the model (default: 224)")
-    return exit_code(lambda: show(**vars(parser.parse_args(argv))), "stopped; the same command goes on where it was")
+    parser.add_argument(
+        "name",
+        metavar="task",
+        nargs="?",
+        help="a task, or a folder of images; without it: the list",
+    )
+    parser.add_argument(
+        "--data-dir", dest="root", type=Path, default=Path("data"), help="where data sets are kept"
+    )
+    parser.add_argument(
+        "--size", type=int, default=224, help="input size of the model (default: 224)"
+    )
+    return exit_code(
+        lambda: show(**vars(parser.parse_args(argv))),
+        "stopped; the same command goes on where it was",
+    )
 
 
 if __name__ == "__main__":

@@ -75,11 +75,15 @@ class Prefix(nn.Module):
         groups = self.depth if per_layer else 1  # G: how many tables of vectors, and how many maps
         out = 2 * dim * self.depth // groups  # one key and one value for every layer of the group
         width = out if share == "none" else dim
-        self.p = nn.Parameter(torch.empty(groups, length, width).uniform_(-init_scale, init_scale))  # (G, L, D or out)
+        self.p = nn.Parameter(
+            torch.empty(groups, length, width).uniform_(-init_scale, init_scale)
+        )  # (G, L, D or out)
         if share == "linear":
             self.map = nn.Sequential(GroupedLinear(groups, dim, out), nn.Tanh())
         elif share == "deep":
-            self.map = nn.Sequential(GroupedLinear(groups, dim, hidden), nn.Tanh(), GroupedLinear(groups, hidden, out))
+            self.map = nn.Sequential(
+                GroupedLinear(groups, dim, hidden), nn.Tanh(), GroupedLinear(groups, hidden, out)
+            )
         else:
             self.map = nn.Identity()
 
@@ -93,10 +97,14 @@ class Prefix(nn.Module):
         if self.share == "simple":
             return self.project(backbone, batch, rate)
         kv = self.map(self.p)  # (G, L, layers of a group * 2 * D)
-        kv = kv.unflatten(-1, (-1, 2, self.n_head, self.dim // self.n_head))  # (G, L, layers, 2, H, Dh)
+        kv = kv.unflatten(
+            -1, (-1, 2, self.n_head, self.dim // self.n_head)
+        )  # (G, L, layers, 2, H, Dh)
         kv = kv.permute(0, 2, 3, 4, 1, 5).flatten(0, 1)  # (depth, 2, H, L, Dh)
         if rate:  # a mask of its own for every sample, key and value
-            kv = F.dropout(kv.unsqueeze(2).expand(-1, -1, batch, -1, -1, -1), rate)  # (depth, 2, B, H, L, Dh)
+            kv = F.dropout(
+                kv.unsqueeze(2).expand(-1, -1, batch, -1, -1, -1), rate
+            )  # (depth, 2, B, H, L, Dh)
         return kv
 
     def project(self, backbone: nn.Module, batch: int | None, rate: float) -> Tensor:
@@ -105,5 +113,7 @@ class Prefix(nn.Module):
         if rate:  # one mask per sample on p itself, so key and value lose the same coordinates
             p = F.dropout(p.expand(-1, batch, -1, -1), rate)  # (G, B, L, D)
         p = p.expand(self.depth, -1, -1, -1)  # (depth, 1 or B, L, D)
-        kv = torch.stack([block.keys_values(p[i]) for i, block in enumerate(backbone.blocks[: self.depth])])
+        kv = torch.stack(
+            [block.keys_values(p[i]) for i, block in enumerate(backbone.blocks[: self.depth])]
+        )
         return kv if rate else kv.squeeze(2)  # (depth, 2, H, L, Dh), or (depth, 2, B, H, L, Dh)

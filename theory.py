@@ -49,17 +49,24 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 from tqdm import tqdm
 
-from support.checkpoint import alone
-from support.download import UsageError, write
-from support.options import Parser, add_options, opt
+from support.files import UsageError, exit_code, write
 from support.report import png
-from support.usage import exit_code
-from train import BAR
+from support.runs import run_lock
+from train import BAR, Parser, add_options, opt
 
-KINDS = {"non-shared": "tab:gray", "shared": "tab:blue", "one-layer": "tab:orange", "learned": "tab:green"}
+KINDS = {
+    "non-shared": "tab:gray",
+    "shared": "tab:blue",
+    "one-layer": "tab:orange",
+    "learned": "tab:green",
+}
 LENGTHS, STYLES = (1, 2, 3), {1: ":", 2: "--", 3: "-"}  # L', where L = 1
 SIZES = [round(10 ** (2 + i / 2)) for i in range(7)]  # n, from 100 to 100,000
-P, BIAS, NOISE = (1.2, -0.8), 0.5, 0.1  # the true p_K = p_V = p, so non-shared and shared have the same f
+P, BIAS, NOISE = (
+    (1.2, -0.8),
+    0.5,
+    0.1,
+)  # the true p_K = p_V = p, so non-shared and shared have the same f
 CHUNK = 17  # data sets side by side: more would leave the processor's cache
 MISS = 0.2
 
@@ -68,7 +75,9 @@ MISS = 0.2
 class Config:
     seed: int = opt(0, "decides the model, the data and the starts of the fits")
     reps: int = opt(50, "data sets per sample size")
-    iterations: int = opt(1000, "Levenberg-Marquardt steps that a fit may take; also shown after 15 and 30 %% of them")
+    iterations: int = opt(
+        1000, "Levenberg-Marquardt steps that a fit may take; also shown after 15 and 30 %% of them"
+    )
     out: str = opt("out/theory", "folder of report.md and theory.png")
 
     @property
@@ -101,7 +110,11 @@ def atoms(world: World, kind: str, theta: Tensor) -> Tensor:
     """The parameters of a fit (..., P) -> its atoms (..., L', 5): b, p_K, p_V. All that sharing is stands here."""
     W1, W2 = world.W1, world.W2
     if kind == "learned":
-        W1, W2, theta = theta[..., :4].unflatten(-1, (2, 2)), theta[..., 4:8].unflatten(-1, (2, 2)), theta[..., 8:]
+        W1, W2, theta = (
+            theta[..., :4].unflatten(-1, (2, 2)),
+            theta[..., 4:8].unflatten(-1, (2, 2)),
+            theta[..., 8:],
+        )
     if kind == "non-shared":
         return theta.unflatten(-1, (-1, 5))
     b, p = theta.unflatten(-1, (-1, 3)).split([1, 2], dim=-1)  # (..., L', 1), (..., L', 2)
@@ -114,7 +127,9 @@ def truth(world: World, kind: str, length: int = 1) -> Tensor:
     """The true parameters (P,), the atom cut into `length` equal ones; f is the same."""
     atom = [BIAS - np.log(length), *P, *(P if kind == "non-shared" else ())]
     theta = torch.tensor(atom * length, dtype=torch.float64)
-    return torch.cat([world.W1.flatten(), world.W2.flatten(), theta]) if kind == "learned" else theta
+    return (
+        torch.cat([world.W1.flatten(), world.W2.flatten(), theta]) if kind == "learned" else theta
+    )
 
 
 def attention(world: World, fitted: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,12 +137,18 @@ def attention(world: World, fitted: Tensor) -> tuple[Tensor, Tensor]:
     b, key, value = fitted.split([1, 2, 2], dim=-1)
     token = torch.einsum("md,jde,me->jm", world.x, world.A, world.x)  # (N, M): x' A_j x
     expert = torch.tanh(torch.einsum("jde,me->jdm", world.H, world.x))  # (N, 2, M): h_j(x)
-    scores = torch.cat([token.expand(len(fitted), -1, -1), key @ (world.x @ world.B).T + b], dim=1)  # (R, N + L', M)
-    known, prefix = scores.softmax(dim=1).split([len(token), fitted.shape[1]], dim=1)  # (R, N, M), (R, L', M)
+    scores = torch.cat(
+        [token.expand(len(fitted), -1, -1), key @ (world.x @ world.B).T + b], dim=1
+    )  # (R, N + L', M)
+    known, prefix = scores.softmax(dim=1).split(
+        [len(token), fitted.shape[1]], dim=1
+    )  # (R, N, M), (R, L', M)
     return torch.einsum("rjm,jdm->rdm", known, expert) + (value @ world.C.T).mT @ prefix, prefix
 
 
-def normal_equations(world: World, kind: str, theta: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+def normal_equations(
+    world: World, kind: str, theta: Tensor, y: Tensor, weight: Tensor
+) -> tuple[Tensor, ...]:
     """Loss sum_m w_m |y_m - f(x_m)|^2 (R,), J'J (R, P, P), J'r (R, P), from theta (R, P), y (R, 2, M), weight (R, M).
 
     J = (df / d atoms) (d atoms / d theta): the first factor is the softmax's, the second is the sharing.
@@ -138,14 +159,24 @@ def normal_equations(world: World, kind: str, theta: Tensor, y: Tensor, weight: 
     root = weight.sqrt().unsqueeze(1)  # (R, 1, M)
     residual = ((y - f) * root).flatten(1)  # (R, 2 M)
     gate = (gate * root).unsqueeze(2)  # (R, L', 1, M)
-    pull = gate * ((fitted[..., 3:] @ world.C.T).unsqueeze(-1) - f.unsqueeze(1))  # (R, L', 2, M): df / db
-    scores = torch.cat([torch.ones_like(world.x[:, :1]), world.x @ world.B], dim=1).T.unsqueeze(1)  # (3, 1, M)
-    jacobian = y.new_empty(*fitted.shape, *y.shape[1:])  # (R, L', 5, 2, M); filled in place, as copies cost more
+    pull = gate * (
+        (fitted[..., 3:] @ world.C.T).unsqueeze(-1) - f.unsqueeze(1)
+    )  # (R, L', 2, M): df / db
+    scores = torch.cat([torch.ones_like(world.x[:, :1]), world.x @ world.B], dim=1).T.unsqueeze(
+        1
+    )  # (3, 1, M)
+    jacobian = y.new_empty(
+        *fitted.shape, *y.shape[1:]
+    )  # (R, L', 5, 2, M); filled in place, as copies cost more
     torch.mul(pull.unsqueeze(2), scores, out=jacobian[:, :, :3])  # by b and p_K
     torch.mul(gate.unsqueeze(2), world.C.T.unsqueeze(2), out=jacobian[:, :, 3:])  # by p_V
     jacobian = jacobian.flatten(3).flatten(1, 2)  # (R, 5 L', 2 M)
     gradient = sharing.mT @ (jacobian @ residual.unsqueeze(-1))  # (R, P, 1)
-    return residual.square().sum(1), sharing.mT @ (jacobian @ jacobian.mT) @ sharing, gradient.squeeze(-1)
+    return (
+        residual.square().sum(1),
+        sharing.mT @ (jacobian @ jacobian.mT) @ sharing,
+        gradient.squeeze(-1),
+    )
 
 
 def fit(world: World, kind: str, data: Sequence[Tensor], theta: Tensor, budgets: list[int]) -> list:
@@ -154,7 +185,9 @@ def fit(world: World, kind: str, data: Sequence[Tensor], theta: Tensor, budgets:
     A fit ends when 12 steps in a row have not lowered its loss by 1e-10 of it. A parameter that the wall of the box
     holds back is left out of the step.
     """
-    box = torch.full(theta.shape[1:], 3.0, dtype=torch.float64)  # |b| <= 2, all other parameters within 3
+    box = torch.full(
+        theta.shape[1:], 3.0, dtype=torch.float64
+    )  # |b| <= 2, all other parameters within 3
     box[8 if kind == "learned" else 0 :: 5 if kind == "non-shared" else 3] = 2.0
     theta = theta.clamp(-box, box)
     snapshots: list[tuple[Tensor, Tensor]] = []
@@ -164,13 +197,19 @@ def fit(world: World, kind: str, data: Sequence[Tensor], theta: Tensor, budgets:
     for i in range(1, budgets[-1] + 1):
         theta, loss, hessian, gradient, damping, idle, *data = state
         free = (theta.abs() < box) | (theta * gradient < 0)  # (R, P)
-        ridge = damping[:, None] * hessian.diagonal(dim1=1, dim2=2) + 1e-14  # (R, P): a step scales with its parameter
-        damped = hessian * (free[:, :, None] & free[:, None]) + torch.diag_embed(torch.where(free, ridge, 1.0))
+        ridge = (
+            damping[:, None] * hessian.diagonal(dim1=1, dim2=2) + 1e-14
+        )  # (R, P): a step scales with its parameter
+        damped = hessian * (free[:, :, None] & free[:, None]) + torch.diag_embed(
+            torch.where(free, ridge, 1.0)
+        )
         trial = (theta + torch.linalg.solve(damped, gradient * free)).clamp(-box, box)
         tried = [trial, *normal_equations(world, kind, trial, *data)]
         better = tried[1] < loss
         pairs = zip(tried, state[:4], strict=True)
-        kept = [torch.where(better.view(-1, *[1] * (new.dim() - 1)), new, old) for new, old in pairs]
+        kept = [
+            torch.where(better.view(-1, *[1] * (new.dim() - 1)), new, old) for new, old in pairs
+        ]
         damping = torch.where(better, damping / 3, damping * 4).clamp(1e-12, 1e12)
         idle = torch.where(tried[1] < loss * (1 - 1e-10), 0, idle + 1)
         result[alive] = kept[0]
@@ -188,7 +227,9 @@ def voronoi_loss(fitted: Tensor, true: Tensor, shared: bool) -> Tensor:
     """D of atoms (R, L', 5) from the true ones (L, 5): (R,)."""
     delta = fitted[:, :, None, 1:] - true[:, 1:]  # (R, L', L, 4)
     key, value = delta[..., :2].norm(dim=-1), delta[..., 2:].norm(dim=-1)  # (R, L', L)
-    cell = torch.eye(len(true))[(key**2 + value**2).argmin(-1)]  # (R, L', L): 1 where atom i is in V_j
+    cell = torch.eye(len(true))[
+        (key**2 + value**2).argmin(-1)
+    ]  # (R, L', L): 1 where atom i is in V_j
     mass = fitted[..., :1].exp() * cell  # (R, L', L)
     alone, together = (key, key**2) if shared else (key + value, key**2 + value**2)
     error = torch.where(cell.sum(1, keepdim=True) == 1, alone, together)
@@ -201,12 +242,22 @@ def measure(world: World, kind: str, theta: Tensor) -> Tensor:
     true = atoms(world, kind, truth(world, kind))  # (1, 5)
     share = fitted[..., 0].softmax(1)  # (R, L'): exp(b_i) / sum exp(b)
     squares = (fitted - true).square()
-    key, value = ((squares[..., part].sum(-1) * share).sum(1).sqrt() for part in (slice(1, 3), slice(3, 5)))
-    error = (attention(world, fitted)[0] - attention(world, true[None])[0]).square().sum(1).mean(1).sqrt()
+    key, value = (
+        (squares[..., part].sum(-1) * share).sum(1).sqrt() for part in (slice(1, 3), slice(3, 5))
+    )
+    error = (
+        (attention(world, fitted)[0] - attention(world, true[None])[0])
+        .square()
+        .sum(1)
+        .mean(1)
+        .sqrt()
+    )
     return torch.stack([voronoi_loss(fitted, true, kind == "shared"), key, value, error], dim=1)
 
 
-def sample(world: World, kind: str, length: int, seed: int, reps: range, noise: float = NOISE) -> tuple[Tensor, ...]:
+def sample(
+    world: World, kind: str, length: int, seed: int, reps: range, noise: float = NOISE
+) -> tuple[Tensor, ...]:
     """Data sets of all sizes, and starts: y (R, 2, M), weight (R, M), theta (R, P), where R = reps x sizes.
 
     X is uniform on M points, so the mean Y at a point and the point's share of the samples say all that n samples say.
@@ -215,11 +266,17 @@ def sample(world: World, kind: str, length: int, seed: int, reps: range, noise: 
     f = attention(world, atoms(world, kind, truth(world, kind))[None])[0][0].numpy()  # (2, M)
     rows = []  # (y, weight, theta)
     for rep in reps:
-        rng = np.random.default_rng([seed, 1, rep])  # of the data, so that all kinds and L' have the same noise
-        start = np.random.default_rng([seed, 2, rep]).normal(truth(world, kind, length).numpy(), 0.5)  # (P,)
+        rng = np.random.default_rng(
+            [seed, 1, rep]
+        )  # of the data, so that all kinds and L' have the same noise
+        start = np.random.default_rng([seed, 2, rep]).normal(
+            truth(world, kind, length).numpy(), 0.5
+        )  # (P,)
         for n in SIZES:
             counts = rng.multinomial(n, np.full(len(world.x), 1 / len(world.x)))  # (M,)
-            rows.append((f + noise * rng.normal(size=f.shape) / np.sqrt(counts.clip(1)), counts / n, start))
+            rows.append(
+                (f + noise * rng.normal(size=f.shape) / np.sqrt(counts.clip(1)), counts / n, start)
+            )
     return tuple(torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
 
 
@@ -230,7 +287,10 @@ def work(task: tuple[Config, str, int, range]) -> np.ndarray:
     world = World.draw(config.seed)
     *data, theta = sample(world, kind, length, config.seed, reps)
     snapshots = fit(world, kind, data, theta, config.budgets)
-    parts = [torch.cat([measure(world, kind, theta), moves[:, None]], dim=1) for theta, moves in snapshots]
+    parts = [
+        torch.cat([measure(world, kind, theta), moves[:, None]], dim=1)
+        for theta, moves in snapshots
+    ]
     return torch.stack(parts).view(len(parts), len(reps), len(SIZES), -1).numpy()
 
 
@@ -239,7 +299,10 @@ def simulate(config: Config) -> dict[tuple[str, int], np.ndarray]:
     chunks = [range(i, min(i + CHUNK, config.reps)) for i in range(0, config.reps, CHUNK)]
     keys = [(kind, length) for length in LENGTHS[::-1] for kind in KINDS]  # the long ones first
     tasks = [(config, *key, chunk) for key in keys for chunk in chunks]
-    deaf = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends the workers
+    deaf = (
+        signal.signal,
+        (signal.SIGINT, signal.SIG_IGN),
+    )  # Ctrl-C is for the parent, which then ends the workers
     with get_context("spawn").Pool(min(os.cpu_count() or 1, 8), *deaf) as pool:
         parts = iter(list(tqdm(pool.imap(work, tasks), "fits", len(tasks), **BAR)))
         return {key: np.concatenate([next(parts) for _ in chunks], axis=1) for key in keys}
@@ -249,7 +312,9 @@ def slopes(errors: np.ndarray, middle: Callable = np.mean, draws: int = 500) -> 
     """Slope of log middle(error) on log n and its bootstrap standard error over data sets, of errors (reps, sizes)."""
     x = np.log(SIZES) - np.log(SIZES).mean()
     chosen = np.random.default_rng(0).integers(len(errors), size=(draws, len(errors)))
-    means = np.stack([middle(errors, axis=0), *middle(errors[chosen], axis=1)])  # (1 + draws, sizes)
+    means = np.stack(
+        [middle(errors, axis=0), *middle(errors[chosen], axis=1)]
+    )  # (1 + draws, sizes)
     fitted = np.log(means) @ x / (x @ x)
     return fitted[0], fitted[1:].std()
 
@@ -258,7 +323,9 @@ def split(world: World, kind: str, shifts: Tensor) -> Tensor:
     """The true atom cut in two, and the halves moved apart by +-t, for every t of (R,): parameters (R, P)."""
     theta = truth(world, kind, 2)
     apart = torch.zeros_like(theta).view(2, -1)
-    apart[:, -2:] = torch.tensor([[0.6, 0.8], [-0.6, -0.8]])  # the last two numbers of an atom: p_V if free, else p
+    apart[:, -2:] = torch.tensor(
+        [[0.6, 0.8], [-0.6, -0.8]]
+    )  # the last two numbers of an atom: p_V if free, else p
     return theta + shifts[:, None] * apart.flatten()
 
 
@@ -267,12 +334,24 @@ def table(config: Config, results: dict) -> str:
     heads = "L' | kind | steps | D, median | D | p_K | p_V | prediction | theorem for D | last D, p_V, prediction"
     lines = [f"| {heads} | misses p_V | still moving |", "|---" * 12 + "|"]
     for (kind, length), fits in sorted(results.items(), key=lambda item: item[0][1]):
-        theorem = {"non-shared": "no power of n", "learned": "-"}.get(kind, "-0.5") if length > 1 else "-"
-        for steps, found in list(zip(config.budgets, fits, strict=True))[0 if length == LENGTHS[-1] else -1 :]:
+        theorem = (
+            {"non-shared": "no power of n", "learned": "-"}.get(kind, "-0.5") if length > 1 else "-"
+        )
+        for steps, found in list(zip(config.budgets, fits, strict=True))[
+            0 if length == LENGTHS[-1] else -1 :
+        ]:
             fitted = [slopes(found[..., 0], np.median), *(slopes(found[..., i]) for i in range(4))]
-            cells = [str(length), kind, str(steps), *(f"{slope:.2f} ± {error:.2f}" for slope, error in fitted), theorem]
+            cells = [
+                str(length),
+                kind,
+                str(steps),
+                *(f"{slope:.2f} ± {error:.2f}" for slope, error in fitted),
+                theorem,
+            ]
             cells += [", ".join(f"{error:.2g}" for error in found[:, -1, [0, 2, 3]].mean(0))]
-            cells += [f"{share:.0%}" for share in ((found[:, -1, 2] > MISS).mean(), found[..., 4].mean())]
+            cells += [
+                f"{share:.0%}" for share in ((found[:, -1, 2] > MISS).mean(), found[..., 4].mean())
+            ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -303,22 +382,54 @@ def draw(config: Config, results: dict) -> Figure:
         flat.loglog(shifts, distance, "--", color=colour, label=f"{kind}: Voronoi loss D")
         for column, style, name in ((0, "o-", "D"), (2, "s--", "p_V")):
             found = np.transpose([slopes(fits[..., column]) for fits in results[kind, LENGTHS[-1]]])
-            budget.errorbar(config.budgets, *found, fmt=style, color=colour, label=f"{kind}: {name}", capsize=3)
+            budget.errorbar(
+                config.budgets, *found, fmt=style, color=colour, label=f"{kind}: {name}", capsize=3
+            )
         for (axes, column), length in product(((value, 2), (prediction, 3), (loss, 0)), LENGTHS):
             errors = results[kind, length][-1, ..., column]  # (reps, sizes)
             label = f"{kind}, slope {slopes(errors)[0]:.2f}" if length == LENGTHS[-1] else None
             axes.loglog(SIZES, errors.mean(0), STYLES[length], color=colour, label=label)
     for (kind, colour), length in product(KINDS.items(), LENGTHS[1:]):
         missed = 100 * (results[kind, length][-1, ..., 2] > MISS).mean(0)  # (sizes,)
-        missing.semilogx(SIZES, missed, STYLES[length], color=colour, label=kind if length == LENGTHS[-1] else None)
+        missing.semilogx(
+            SIZES,
+            missed,
+            STYLES[length],
+            color=colour,
+            label=kind if length == LENGTHS[-1] else None,
+        )
     for rate, name in ((-0.5, "D"), (-0.25, "p_V")):
-        budget.axhline(rate, color="black", linewidth=0.8, linestyle=":", label=f"shared, theorem: {name} {rate:g}")
-    flat.set(title="1  Why: f cannot see free values drift apart", xlabel="t: one atom becomes two, at +t and -t")
+        budget.axhline(
+            rate,
+            color="black",
+            linewidth=0.8,
+            linestyle=":",
+            label=f"shared, theorem: {name} {rate:g}",
+        )
+    flat.set(
+        title="1  Why: f cannot see free values drift apart",
+        xlabel="t: one atom becomes two, at +t and -t",
+    )
     value.set(title="2  Values", xlabel="samples n", ylabel="mean rms error of p_V")
-    prediction.set(title="3  Predictions", xlabel="samples n", ylabel="mean rms error of f", ylim=value.get_ylim())
-    missing.set(title="4  Fits that miss p_V", xlabel="samples n", ylabel=f"% off by more than {MISS}", ylim=(-4, 130))
+    prediction.set(
+        title="3  Predictions",
+        xlabel="samples n",
+        ylabel="mean rms error of f",
+        ylim=value.get_ylim(),
+    )
+    missing.set(
+        title="4  Fits that miss p_V",
+        xlabel="samples n",
+        ylabel=f"% off by more than {MISS}",
+        ylim=(-4, 130),
+    )
     loss.set(title="5  Voronoi loss", xlabel="samples n", ylabel="mean D")
-    budget.set(title="6  Slopes, L' = 3: do they hold?", xlabel="steps", ylabel="slope on n ± s.e.", ylim=(-1.1, None))
+    budget.set(
+        title="6  Slopes, L' = 3: do they hold?",
+        xlabel="steps",
+        ylabel="slope on n ± s.e.",
+        ylim=(-1.1, None),
+    )
     for axes in figure.axes:
         axes.legend(fontsize=7.5, ncols=2 if axes in (missing, budget) else 1)
     figure.suptitle(
@@ -332,7 +443,7 @@ def run(config: Config) -> None:
         if getattr(config, name) < least:
             raise UsageError(f"--{name} is {getattr(config, name)}; it must be at least {least}")
     folder = Path(config.out)
-    with alone(folder):
+    with run_lock(folder):
         results = simulate(config)
         write(folder / "report.md", text(config, results).encode())
         write(folder / "theory.png", png(draw(config, results)))
@@ -340,9 +451,13 @@ def run(config: Config) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(
+        description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
     add_options(parser, Config)
-    return exit_code(lambda: run(Config(**vars(parser.parse_args(argv)))), "stopped; nothing was written")
+    return exit_code(
+        lambda: run(Config(**vars(parser.parse_args(argv)))), "stopped; nothing was written"
+    )
 
 
 if __name__ == "__main__":

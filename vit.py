@@ -23,39 +23,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.weights import fill, read
+from support.files import fill, read_weights
 
-IN21K = "vit_base_patch16_224.orig_in21k"  # the checkpoint of VPT and of the paper, as timm names it
+IN21K = (
+    "vit_base_patch16_224.orig_in21k"  # the checkpoint of VPT and of the paper, as timm names it
+)
 TINY = {"image": 32, "patch": 8, "dim": 32, "n_layer": 8, "n_head": 4}
-TINY_WEIGHTS = Path(__file__).parent / "assets" / "tiny_vit.safetensors"  # comes with the repository
+TINY_WEIGHTS = (
+    Path(__file__).parent / "assets" / "tiny_vit.safetensors"
+)  # comes with the repository
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, gates: list | None = None) -> Tensor:
+def written_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, attn_weights: list | None = None
+) -> Tensor:
     """softmax(q k^T / sqrt(Dh)) v, written out: q (B, H, Nq, Dh), k and v (B, H, L + N, Dh) -> (B, H, Nq, Dh).
 
     mask (Nq, L + N), or with B and 1 before that: True where a query may choose an expert.
-    gates: a list that is given the softmax (B, H, Nq, L + N), for those who want to see it.
+    attn_weights: a list that is given the softmax (B, H, Nq, L + N), for those who want to see it.
     """
     scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, Nq, L + N)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     gate = scores.softmax(-1)  # (B, H, Nq, L + N): sums to 1 over the experts
-    if gates is not None:
-        gates.append(gate)
+    if attn_weights is not None:
+        attn_weights.append(gate)
     return gate @ v  # (B, H, Nq, Dh): the gate mixes the experts
 
 
-def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """The same numbers from PyTorch's fused kernel (flash attention on CUDA), which never stores the scores."""
-    q = q.contiguous()  # a copy, lest backward keep the whole product (q, k and v of all tokens) that q is a view of
+    q = (
+        q.contiguous()
+    )  # a copy, lest backward keep the whole product (q, k and v of all tokens) that q is a view of
     return F.scaled_dot_product_attention(q, k, v, mask)  # (B, H, Nq, Dh)
 
 
-def mix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, gates: list | None = None) -> Tensor:
-    """Whichever of the two is faster here; the one that is written out if its gates are wanted."""
-    if gates is None and (q.is_cuda or q.dtype != torch.bfloat16):
-        return attend_fused(q, k, v, mask)
-    return attend(q, k, v, mask, gates)
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, attn_weights: list | None = None
+) -> Tensor:
+    """Whichever of the two is faster here; the one that is written out if its attn_weights are wanted."""
+    if attn_weights is None and (q.is_cuda or q.dtype != torch.bfloat16):
+        return fused_attention(q, k, v, mask)
+    return written_attention(q, k, v, mask, attn_weights)
 
 
 class Attention(nn.Module):
@@ -73,7 +83,11 @@ class Attention(nn.Module):
         return y.permute(2, 0, 3, 1, 4)  # (parts, B, H, N, Dh)
 
     def forward(
-        self, x: Tensor, prefix: Tensor | None, n_query: int | None = None, gates: list | None = None
+        self,
+        x: Tensor,
+        prefix: Tensor | None,
+        n_query: int | None = None,
+        attn_weights: list | None = None,
     ) -> Tensor:
         """x (B, N, D), prefix (2, H, L, Dh) or (2, B, H, L, Dh) -> (B, n_query, D): what the first tokens gather.
 
@@ -85,10 +99,12 @@ class Attention(nn.Module):
             (q,) = self.heads(x[:, :n_query], slice(0, 1))  # (B, H, n_query, Dh)
             k, v = self.heads(x, slice(1, 3))  # 2 x (B, H, N, Dh)
         if prefix is not None:
-            prefix_k, prefix_v = (p.expand(len(x), -1, -1, -1) for p in prefix.to(k.dtype))  # 2 x (B, H, L, Dh)
+            prefix_k, prefix_v = (
+                p.expand(len(x), -1, -1, -1) for p in prefix.to(k.dtype)
+            )  # 2 x (B, H, L, Dh)
             k = torch.cat([prefix_k, k], dim=2)  # (B, H, L + N, Dh)
             v = torch.cat([prefix_v, v], dim=2)  # (B, H, L + N, Dh)
-        out = mix(q, k, v, gates=gates)  # (B, H, n_query, Dh)
+        out = attention(q, k, v, attn_weights=attn_weights)  # (B, H, n_query, Dh)
         return self.proj(out.transpose(1, 2).flatten(2))  # (B, n_query, D)
 
 
@@ -111,10 +127,14 @@ class Block(nn.Module):
         self.mlp = MLP(dim, hidden)
 
     def forward(
-        self, x: Tensor, prefix: Tensor | None = None, n_query: int | None = None, gates: list | None = None
+        self,
+        x: Tensor,
+        prefix: Tensor | None = None,
+        n_query: int | None = None,
+        attn_weights: list | None = None,
     ) -> Tensor:
         """(B, N, D) -> (B, n_query, D). Only the first n_query tokens go on; the others are still keys and values."""
-        gathered = self.attn(self.norm1(x), prefix, n_query, gates)  # (B, n_query, D)
+        gathered = self.attn(self.norm1(x), prefix, n_query, attn_weights)  # (B, n_query, D)
         x = (x if n_query is None else x[:, :n_query]) + gathered  # (B, n_query, D)
         return x + self.mlp(self.norm2(x))  # (B, n_query, D)
 
@@ -149,11 +169,19 @@ class ViT(nn.Module):
     ):
         super().__init__()
         hidden = hidden or 4 * dim
-        self.sizes: dict = {"image": image, "patch": patch, "dim": dim, "n_layer": n_layer, "n_head": n_head}
+        self.sizes: dict = {
+            "image": image,
+            "patch": patch,
+            "dim": dim,
+            "n_layer": n_layer,
+            "n_head": n_head,
+        }
         self.sizes |= {"hidden": hidden, "eps": eps}
-        self.image, self.dim, self.n_layer, self.n_head = image, dim, n_layer, n_head
-        self.reads = image  # what `data.load` must make for it
-        self.prompt_scale = (6 / (3 * patch**2 + dim)) ** 0.5  # v of the paper: a prefix starts like a patch embedding
+        self.image_size, self.dim, self.n_layer, self.n_head = image, dim, n_layer, n_head
+        self.inputs = {"image_size": image}  # what `data.load` must make for it
+        self.prefix_init_scale = (
+            6 / (3 * patch**2 + dim)
+        ) ** 0.5  # v of the paper: a prefix starts like a patch embedding
         self.patch_embed = PatchEmbed(patch, dim)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.pos_embed = nn.Parameter(torch.randn(1, (image // patch) ** 2 + 1, dim) * 0.02)
@@ -161,26 +189,36 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=eps)
 
     def tokens(
-        self, images: Tensor, prefix: Tensor | None = None, n_query: int | None = None, gates: list | None = None
+        self,
+        images: Tensor,
+        prefix: Tensor | None = None,
+        n_query: int | None = None,
+        attn_weights: list | None = None,
     ) -> Tensor:
         """(B, 3, image, image) -> (B, n_query or N, D): the tokens after the final norm, CLS first."""
         x = self.patch_embed(images)  # (B, N - 1, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # (B, N, D)
+        x = (
+            torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        )  # (B, N, D)
         prefixes = () if prefix is None else prefix.unbind()  # depth x (2, [B,] H, L, Dh)
         for i, (block, p) in enumerate(zip_longest(self.blocks, prefixes)):
             last = i == self.n_layer - 1
-            x = block(x, p, n_query if last else None, gates)  # (B, N, D); the last block: (B, n_query, D)
+            x = block(
+                x, p, n_query if last else None, attn_weights
+            )  # (B, N, D); the last block: (B, n_query, D)
         return self.norm(x)
 
-    def forward(self, images: Tensor, prefix: Tensor | None = None, gates: list | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, prefix: Tensor | None = None, attn_weights: list | None = None
+    ) -> Tensor:
         """(B, 3, image, image) -> (B, D): CLS after the final norm. The last block computes CLS alone.
 
         prefix: (depth, 2, H, L, Dh) or (depth, 2, B, H, L, Dh) from `Prefix`; layers beyond depth have none.
-        gates: a list that is given every layer's attention weights (B, H, N, L + N), the last layer's (B, H, 1, L + N).
+        attn_weights: a list that is given every layer's attention weights (B, H, N, L + N), the last layer's (B, H, 1, L + N).
         """
-        return self.tokens(images, prefix, n_query=1, gates=gates)[:, 0]
+        return self.tokens(images, prefix, n_query=1, attn_weights=attn_weights)[:, 0]
 
-    def hold_in_bf16(self) -> None:
+    def cast_frozen_weights(self) -> None:
         """Cast the matrices for good, for a frozen ViT: no fp32 copy is cast in every step. Norms stay fp32."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
@@ -202,7 +240,9 @@ class ViT(nn.Module):
         """The weights of any plain timm ViT, with the same outputs. ValueError if this class cannot represent it."""
         source = timm.create_model(name, pretrained=pretrained, num_classes=0).eval()
         if reason := unlike_a_plain_vit(source):
-            raise ValueError(f"timm's '{name}' {reason}; vit.py holds plain ViTs only, such as '{IN21K}'")
+            raise ValueError(
+                f"timm's '{name}' {reason}; vit.py holds plain ViTs only, such as '{IN21K}'"
+            )
         block, conv = source.blocks[0], source.patch_embed.proj
         vit = cls(
             source.patch_embed.img_size[0],
@@ -214,7 +254,9 @@ class ViT(nn.Module):
             block.norm1.eps,
         )
         vit.load_state_dict(source.state_dict())
-        probe = torch.randn(1, 3, vit.image, vit.image, generator=torch.Generator().manual_seed(0))
+        probe = torch.randn(
+            1, 3, vit.image_size, vit.image_size, generator=torch.Generator().manual_seed(0)
+        )
         with torch.no_grad():
             error = (vit.eval()(probe) - source(probe)).abs().max().item()
         if error > 1e-3:
@@ -232,36 +274,55 @@ class ViT(nn.Module):
         positions = flax["Transformer/posembed_input/pos_embedding"].shape[1]  # N
         n_layer = len({name.split("/")[1] for name in flax if "encoderblock" in name})
         attention = "MultiHeadDotProductAttention_1"
-        _, n_head, _ = flax[f"Transformer/encoderblock_0/{attention}/query/kernel"].shape  # (D, H, Dh)
+        _, n_head, _ = flax[
+            f"Transformer/encoderblock_0/{attention}/query/kernel"
+        ].shape  # (D, H, Dh)
         hidden = flax["Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel"].shape[1]
         vit = cls(round((positions - 1) ** 0.5) * patch, patch, dim, n_layer, n_head, hidden)
 
-        def linear(name: str, n_in: int) -> dict[str, Tensor]:  # Flax keeps (in, out), in or out cut into heads
-            return {"weight": flax[f"{name}/kernel"].reshape(n_in, -1).mT, "bias": flax[f"{name}/bias"].flatten()}
+        def linear(
+            name: str, n_in: int
+        ) -> dict[str, Tensor]:  # Flax keeps (in, out), in or out cut into heads
+            return {
+                "weight": flax[f"{name}/kernel"].reshape(n_in, -1).mT,
+                "bias": flax[f"{name}/bias"].flatten(),
+            }
 
         def norm(name: str) -> dict[str, Tensor]:
             return {"weight": flax[f"{name}/scale"], "bias": flax[f"{name}/bias"]}
 
-        conv = {"weight": flax["embedding/kernel"].permute(3, 2, 0, 1), "bias": flax["embedding/bias"]}
+        conv = {
+            "weight": flax["embedding/kernel"].permute(3, 2, 0, 1),
+            "bias": flax["embedding/bias"],
+        }
         parts = {"patch_embed.proj": conv, "norm": norm("Transformer/encoder_norm")}
         for i in range(n_layer):
             theirs, ours = f"Transformer/encoderblock_{i}", f"blocks.{i}"
-            qkv = [linear(f"{theirs}/{attention}/{part}", dim) for part in ("query", "key", "value")]
+            qkv = [
+                linear(f"{theirs}/{attention}/{part}", dim) for part in ("query", "key", "value")
+            ]
             parts[f"{ours}.norm1"] = norm(f"{theirs}/LayerNorm_0")
-            parts[f"{ours}.attn.qkv"] = {kind: torch.cat([part[kind] for part in qkv]) for kind in ("weight", "bias")}
+            parts[f"{ours}.attn.qkv"] = {
+                kind: torch.cat([part[kind] for part in qkv]) for kind in ("weight", "bias")
+            }
             parts[f"{ours}.attn.proj"] = linear(f"{theirs}/{attention}/out", dim)
             parts[f"{ours}.norm2"] = norm(f"{theirs}/LayerNorm_2")
             parts[f"{ours}.mlp.fc1"] = linear(f"{theirs}/MlpBlock_3/Dense_0", dim)
             parts[f"{ours}.mlp.fc2"] = linear(f"{theirs}/MlpBlock_3/Dense_1", hidden)
-        state = {f"{name}.{kind}": value for name, part in parts.items() for kind, value in part.items()}
-        state |= {"cls_token": flax["cls"], "pos_embed": flax["Transformer/posembed_input/pos_embedding"]}
+        state = {
+            f"{name}.{kind}": value for name, part in parts.items() for kind, value in part.items()
+        }
+        state |= {
+            "cls_token": flax["cls"],
+            "pos_embed": flax["Transformer/posembed_input/pos_embedding"],
+        }
         vit.load_state_dict(state)
         return vit.eval()
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ViT":
         """A ViT saved by `train.py --tune full`: safetensors with sizes in its metadata. ValueError if it is not."""
-        state, strings = read(path)
+        state, strings = read_weights(path)
         if "vit" not in strings:
             raise ValueError(f"{path} holds no ViT of this repository (its metadata name no sizes)")
         return fill(cls, json.loads(strings["vit"]), state, path)
@@ -278,9 +339,11 @@ def unlike_a_plain_vit(source: nn.Module) -> str | None:
         "has no class token": "cls_token" not in names,
         "has register tokens": "reg_token" in names,
         "has layer scale": "blocks.0.ls1.gamma" in names,
-        "has a pooling head": any(n.startswith("attn_pool") for n in names) or source.global_pool != "token",
+        "has a pooling head": any(n.startswith("attn_pool") for n in names)
+        or source.global_pool != "token",
         "has no learned position per token": "pos_embed" not in names or source.no_embed_class,
-        "does not use exact GELU": not isinstance(block.mlp.act, nn.GELU) or block.mlp.act.approximate != "none",
+        "does not use exact GELU": not isinstance(block.mlp.act, nn.GELU)
+        or block.mlp.act.approximate != "none",
         "takes images that are not square": len(set(source.patch_embed.img_size)) != 1,
     }
     for reason, holds in checks.items():

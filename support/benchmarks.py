@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.download import UsageError, digest, fetch, obtain, verify
-from support.pixels import prepare_all
+from support.files import UsageError, digest, fetch, obtain, verify
+from support.images import prepare_all
 
 SPLITS = ("train", "val", "test")
 UNPACKED = "unpacked"  # data/cub/unpacked/ holds what the archive of cub held
@@ -72,11 +72,17 @@ FGVC = {
     "cars": Source(
         "car_ims.tgz",
         "sha256:4d96e3e3e892c6b7e4a71959325c7de4804037d27ba5aaf1c756100fd94a5342",
-        ("https://huggingface.co/datasets/XiN0919/FGVC/resolve/921e8dce38536cd5982739d85d5e9235d2cb2a76/car_ims.tgz",),
+        (
+            "https://huggingface.co/datasets/XiN0919/FGVC/resolve/921e8dce38536cd5982739d85d5e9235d2cb2a76/car_ims.tgz",
+        ),
         "cars",
     ),
 }
-VTAB = Source("vtab-1k.zip", None, ("https://huggingface.co/datasets/XiN0919/VTAB-1k/resolve/main/vtab-1k.zip",))
+VTAB = Source(
+    "vtab-1k.zip",
+    None,
+    ("https://huggingface.co/datasets/XiN0919/VTAB-1k/resolve/main/vtab-1k.zip",),
+)
 
 # VPT's splits as the paper's code has them: JSON objects {image: class id}, with their sha256, images and classes.
 SPLITS_URL = (
@@ -87,10 +93,18 @@ SPLIT_FILES = {
     "cub/train": ("2c8e8a0e70795ab5a992b51d3ab09aa2621b75bb7b34bb46fef0f910b3261f2d", 5394, 200),
     "cub/val": ("d2bdc9030fe8682bb8a44fca9d44b7255f641195ac1a77d5f7431ed14d343f81", 600, 200),
     "cub/test": ("1fcf560553e94b5e56681a3981d90462de91ab4ba2dd6a2a99e1e3ff71993b6e", 5794, 200),
-    "nabird/train": ("3dd8255ee2fdfa21b453585b106bf52bce2245aed5fbef1329f85cbd48f5b1ea", 21536, 555),
+    "nabird/train": (
+        "3dd8255ee2fdfa21b453585b106bf52bce2245aed5fbef1329f85cbd48f5b1ea",
+        21536,
+        555,
+    ),
     "nabird/val": ("5827a289857766c2e60d77c76190555affacdc9f91cad0a851357721396f514b", 2393, 553),
     "nabird/test": ("ef6e55ec7c5e1b4cad6cabd790c595553e875dd2f7b5938694a328d4b948c69d", 24633, 555),
-    "flowers/train": ("045ea598b0de30d57a543e04d42f3f4852249fd523503eae10a7d685f91b93d1", 1020, 102),
+    "flowers/train": (
+        "045ea598b0de30d57a543e04d42f3f4852249fd523503eae10a7d685f91b93d1",
+        1020,
+        102,
+    ),
     "flowers/val": ("bc77a0c0ddbba21338bc481ae9fca5a67a3b3660d0ad6e7829c2e56240bcf985", 1020, 102),
     "flowers/test": ("da9fc987debf0617d5093462b9d18bdce01faf76e4bc5fd66a52c74c94fbd7bf", 6149, 102),
     "dogs/train": ("d9bfb65dc50f8e164d2b0d5195baf495c2f2fb184e42d9d774dbf90f4f76e836", 10800, 120),
@@ -104,11 +118,46 @@ SPLIT_FILES = {
 # The paper's (length, base lr, weight decay) at batch 64.
 METHODS = ("none", "simple", "deep", "none-shallow", "simple-shallow", "deep-shallow")
 PUBLISHED = {
-    "cub": ((10, 50, 1e-4), (10, 50, 1e-3), (10, 25, 1e-4), (100, 10, 1e-4), (100, 1, 1e-4), (100, 5, 1e-4)),
-    "nabirds": ((50, 50, 1e-4), (50, 50, 1e-4), (50, 10, 1e-4), (50, 5, 0), (50, 1, 0), (50, 1, 1e-4)),
-    "flowers": ((5, 10, 0), (5, 50, 1e-3), (5, 10, 1e-3), (100, 25, 1e-4), (100, 25, 1e-4), (100, 25, 1e-4)),
-    "dogs": ((100, 50, 0), (100, 25, 1e-3), (100, 1, 1e-3), (100, 10, 1e-3), (100, 1, 1e-3), (100, 0.1, 1e-4)),
-    "cars": ((200, 50, 0), (200, 10, 1e-4), (200, 10, 1e-4), (100, 25, 0), (100, 10, 0), (100, 5, 1e-4)),
+    "cub": (
+        (10, 50, 1e-4),
+        (10, 50, 1e-3),
+        (10, 25, 1e-4),
+        (100, 10, 1e-4),
+        (100, 1, 1e-4),
+        (100, 5, 1e-4),
+    ),
+    "nabirds": (
+        (50, 50, 1e-4),
+        (50, 50, 1e-4),
+        (50, 10, 1e-4),
+        (50, 5, 0),
+        (50, 1, 0),
+        (50, 1, 1e-4),
+    ),
+    "flowers": (
+        (5, 10, 0),
+        (5, 50, 1e-3),
+        (5, 10, 1e-3),
+        (100, 25, 1e-4),
+        (100, 25, 1e-4),
+        (100, 25, 1e-4),
+    ),
+    "dogs": (
+        (100, 50, 0),
+        (100, 25, 1e-3),
+        (100, 1, 1e-3),
+        (100, 10, 1e-3),
+        (100, 1, 1e-3),
+        (100, 0.1, 1e-4),
+    ),
+    "cars": (
+        (200, 50, 0),
+        (200, 10, 1e-4),
+        (200, 10, 1e-4),
+        (100, 25, 0),
+        (100, 10, 0),
+        (100, 5, 1e-4),
+    ),
 }
 
 VTAB_TASKS = {  # classes, test images; a list of 1,000 may lack a class, so the classes are not counted there
@@ -156,7 +205,9 @@ def fgvc_splits(task: str, root: Path, download: bool = True) -> dict[str, dict[
         sha256, *_ = SPLIT_FILES[name]
         kept = root / "vpt_splits" / f"{name}.json"
         paths = [kept, *(place / f"{split}.json" for place in fgvc_places(task, root))]
-        path = next((path for path in paths if path.exists() and digest(path, "sha256") == sha256), None)
+        path = next(
+            (path for path in paths if path.exists() and digest(path, "sha256") == sha256), None
+        )
         if path is None and not download:
             return {}
         path = path or fetch([f"{SPLITS_URL}/{name}.json"], kept, f"sha256:{sha256}")
@@ -171,9 +222,13 @@ def fgvc_places(task: str, root: Path) -> list[Path]:
 
 def fgvc_images(task: str, root: Path, splits: dict[str, dict[str, str | int]]) -> Path | None:
     """The folder below which the split's images lie, if they are on this machine."""
-    some = list(splits.get("train", ()))[:10]  # more than one, for a single missing image must not hide the folder
+    some = list(splits.get("train", ()))[
+        :10
+    ]  # more than one, for a single missing image must not hide the folder
     folders = [place / FGVC[task].images for place in fgvc_places(task, root)]
-    return next((folder for folder in folders if any((folder / image).exists() for image in some)), None)
+    return next(
+        (folder for folder in folders if any((folder / image).exists() for image in some)), None
+    )
 
 
 def load_fgvc(task: str, root: Path, size: int) -> dict:
@@ -190,8 +245,13 @@ def load_fgvc(task: str, root: Path, size: int) -> dict:
     # NABirds' val, where two of the 555 classes have no image, would get other numbers than train, and be judged wrong.
     number = {id: rank for rank, id in enumerate(sorted(set(splits["train"].values())))}
     folders = {id: Path(image).parent.name for image, id in splits["train"].items()}
-    named = len(set(folders.values())) == len(number)  # flowers and cars keep all images in one folder
-    files = {split: [(image, number[id]) for image, id in images.items()] for split, images in splits.items()}
+    named = len(set(folders.values())) == len(
+        number
+    )  # flowers and cars keep all images in one folder
+    files = {
+        split: [(image, number[id]) for image, id in images.items()]
+        for split, images in splits.items()
+    }
     rule = round(size * 256 / 224)
     return {
         "classes": [folders[id] if named else str(id) for id in number],
@@ -205,7 +265,9 @@ def get(source: Source, root: Path, task: str) -> None:
     archives = [folder / source.archive for folder in (root, root / task)]
     archive = next((path for path in archives if path.exists()), archives[0])
     if source.manual and not archive.exists():
-        raise UsageError(f"{source.manual}; put {source.archive}, or the unpacked folder, into {root}")
+        raise UsageError(
+            f"{source.manual}; put {source.archive}, or the unpacked folder, into {root}"
+        )
     obtain(root / task / UNPACKED, archive, source.urls, source.checksum)
 
 
@@ -223,16 +285,22 @@ def load_vtab(task: str, classes: int, root: Path, size: int) -> dict:
         get(VTAB, root, "vtab-1k")
     base = vtab_images(task, root)
     if base is None:
-        raise UsageError(f"{root / 'vtab-1k'} lacks the task {task}: an early upload; delete it, and put another there")
+        raise UsageError(
+            f"{root / 'vtab-1k'} lacks the task {task}: an early upload; delete it, and put another there"
+        )
     files = {}
     for name in ("train800", "val200", "train800val200", "test"):
         files[name] = vtab_list(base / f"{name}.txt", classes)
-        record = root / "cache" / f"{task}-{name}.txt.sha256"  # no checksum was published: it stays as at first use
+        record = (
+            root / "cache" / f"{task}-{name}.txt.sha256"
+        )  # no checksum was published: it stays as at first use
         record.parent.mkdir(parents=True, exist_ok=True)
         verify(base / f"{name}.txt", None, record)
     train, val, both, test = files.values()
     if sorted(label for _, label in train + val) != sorted(label for _, label in both):
-        raise UsageError(f"{base}/train800val200.txt is not train800.txt and val200.txt together; get another archive")
+        raise UsageError(
+            f"{base}/train800val200.txt is not train800.txt and val200.txt together; get another archive"
+        )
     files = {"train": train, "val": val, "test": test}
     splits = prepare_all(root, task, base, files, (size, size))
     return {"classes": [str(i) for i in range(classes)], "splits": splits, "rule": (size, size)}
@@ -244,7 +312,11 @@ def vtab_list(path: Path, classes: int) -> list[tuple[str, int]]:
         rows = [line.rsplit(" ", 1) for line in path.read_text().splitlines()]
         files = [(image, int(label)) for image, label in rows]
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} is no list of images and labels ({error}); get the archive again") from error
+        raise UsageError(
+            f"{path} is no list of images and labels ({error}); get the archive again"
+        ) from error
     if not files or not all(0 <= label < classes for _, label in files):
-        raise UsageError(f"{path} must name images with labels from 0 to {classes - 1}; get the archive again")
+        raise UsageError(
+            f"{path} must name images with labels from 0 to {classes - 1}; get the archive again"
+        )
     return files

@@ -13,8 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 
-from data import write
-from prefix import SHARE
+from support.files import write
+
+SHARE = ("none", "simple", "linear", "deep")
 
 # Test top-1 in % of the paper, read off the bars of its figure (+-0.1); ViT-B/16, ImageNet-21k.
 METHODS = ("none-shallow", "simple-shallow", "deep-shallow", "none", "simple", "deep")
@@ -106,8 +107,16 @@ def does_sharing_help(rows: list[Row]) -> list[str]:
     sentences = []
     for row in rows:
         base = counterpart(row, rows)
-        theirs = {line["settings"]["seed"]: line["test"] for line in base.tested if "test" in line} if base else {}
-        pairs = [(line["test"], theirs.get(line["settings"]["seed"])) for line in row.tested if "test" in line]
+        theirs = (
+            {line["settings"]["seed"]: line["test"] for line in base.tested if "test" in line}
+            if base
+            else {}
+        )
+        pairs = [
+            (line["test"], theirs.get(line["settings"]["seed"]))
+            for line in row.tested
+            if "test" in line
+        ]
         gains = [ours - none for ours, none in pairs if none is not None]
         if base and gains:
             error = f" ± {standard_error(gains):.2f} (standard error)" if len(gains) > 1 else ""
@@ -146,17 +155,23 @@ def effort(rows: list[Row]) -> str:
 
 
 def text(rows: list[Row]) -> str:
-    used = {key: ", ".join(dict.fromkeys(str(r.tried[0]["settings"][key]) for r in rows)) for key in USED}
+    used = {
+        key: ", ".join(dict.fromkeys(str(r.tried[0]["settings"][key]) for r in rows))
+        for key in USED
+    }
     parts = [
         "# Sweep",
         f"Backbone {used['backbone']}, {used['optimizer']}, batch {used['batch']}, {used['epochs']} epochs a run. "
         f"Search: {effort(rows)}; choice on val after the last epoch, ties to the smaller learning rate. "
         "Test: mean ± standard deviation over seeds of the last epoch's top-1; s.e.: standard error of that mean. "
-        "Tuned: trained parameters, head included, in % of the backbone's. Paper: its figure, where it has one.",
+        "TunedModel: trained parameters, head included, in % of the backbone's. Paper: its figure, where it has one.",
         table(rows),
     ]
     if gains := does_sharing_help(rows):
-        parts += ["Does sharing help? Difference in test accuracy, paired by seed:", "\n".join(gains)]
+        parts += [
+            "Does sharing help? Difference in test accuracy, paired by seed:",
+            "\n".join(gains),
+        ]
     if lost := diverged(rows):
         parts += [f"Diverged ({len(lost)} runs; never chosen, not in any mean):", "\n".join(lost)]
     return "\n\n".join(parts) + "\n"
@@ -164,9 +179,13 @@ def text(rows: list[Row]) -> str:
 
 def limits(rows: list[Row]) -> tuple[float, float]:
     """An axis of accuracies that shows differences, with room for labels above; the axis label says where it starts."""
-    values = [v for row in rows for v in [*row.accuracies, *([row.published] if row.published else [])]]
+    values = [
+        v for row in rows for v in [*row.accuracies, *([row.published] if row.published else [])]
+    ]
     low, high = min(values), max(values)
-    return max(0.0, math.floor(low - 0.4 * (high - low) - 1)), min(105.0, math.ceil(high + 0.15 * (high - low) + 1))
+    return max(0.0, math.floor(low - 0.4 * (high - low) - 1)), min(
+        105.0, math.ceil(high + 0.15 * (high - low) + 1)
+    )
 
 
 def labels(rows: list[Row]) -> list[str]:
@@ -186,19 +205,26 @@ def bars(axes: Axes, rows: list[Row], tasks: list[str]) -> None:
         means = [mean(row.accuracies) for row in mine]
         spread = [stdev(row.accuracies) if len(row.accuracies) > 1 else 0.0 for row in mine]
         colour, alpha = COLOURS[mine[0].method.removesuffix("-shallow")], 1 - 0.5 * i / len(series)
-        drawn = axes.bar(at, means, width * 0.92, yerr=spread, capsize=3, label=name, color=colour, alpha=alpha)
+        drawn = axes.bar(
+            at, means, width * 0.92, yerr=spread, capsize=3, label=name, color=colour, alpha=alpha
+        )
         axes.bar_label(drawn, [f"{m:.1f}" for m in means], padding=2, fontsize=8)
         known = [(x, row.published) for x, row in zip(at, mine, strict=True) if row.published]
         for x, value in known:
             label = "paper" if (x, name) == (known[0][0], series[0]) else ""
             axes.hlines(value, x - width / 2, x + width / 2, color="black", label=label)
-    axes.set_xticks(range(len(tasks)), tasks, rotation=30 if len(tasks) > 8 else 0, parse_math=False)
+    axes.set_xticks(
+        range(len(tasks)), tasks, rotation=30 if len(tasks) > 8 else 0, parse_math=False
+    )
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, frameon=False)
 
 
 def bar_figure(rows: list[Row]) -> Figure:
     """As in the paper: a group per task, one panel for prefixes in the first layer, one for all layers."""
-    most = {task: max(row.fraction for row in rows if row.task == task) for task in dict.fromkeys(r.task for r in rows)}
+    most = {
+        task: max(row.fraction for row in rows if row.task == task)
+        for task in dict.fromkeys(r.task for r in rows)
+    }
     rows = [row for row in rows if row.fraction == most[row.task]]
     panels = {"first layer": [row for row in rows if row.method.endswith("-shallow")]}
     panels["all layers"] = [row for row in rows if not row.method.endswith("-shallow")]
@@ -206,7 +232,9 @@ def bar_figure(rows: list[Row]) -> Figure:
     width = max(5.5, 1 + 0.45 * len(rows) / len(panels))
     figure = Figure(figsize=(width * len(panels), 4), layout="constrained")
     low, high = limits(rows)
-    for axes, (title, shown) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    for axes, (title, shown) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
         bars(axes, shown, list(most))
         axes.set(title=f"{title} (mean, standard deviation over seeds)", ylim=(low, high))
         axes.set_ylabel("test accuracy, %" + (f" (axis starts at {low:g})" if low else ""))
@@ -219,12 +247,26 @@ def fraction_figure(rows: list[Row]) -> Figure:
     figure = Figure(figsize=(5 * len(tasks), 4), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for name in dict.fromkeys(names):
-            mine = [row for row, label in zip(rows, names, strict=True) if (row.task, label) == (task, name)]
+            mine = [
+                row
+                for row, label in zip(rows, names, strict=True)
+                if (row.task, label) == (task, name)
+            ]
             spread = [stdev(row.accuracies) if len(row.accuracies) > 1 else 0.0 for row in mine]
             counts, means = [row.images for row in mine], [mean(row.accuracies) for row in mine]
-            method, style = name.split(",")[0].removesuffix("-shallow"), "--" if "-shallow" in name else "-"
+            method, style = (
+                name.split(",")[0].removesuffix("-shallow"),
+                "--" if "-shallow" in name else "-",
+            )
             axes.errorbar(
-                counts, means, spread, marker="o", capsize=3, label=name, color=COLOURS[method], linestyle=style
+                counts,
+                means,
+                spread,
+                marker="o",
+                capsize=3,
+                label=name,
+                color=COLOURS[method],
+                linestyle=style,
             )
         shown = sorted({row.images for row in rows if row.task == task})
         axes.set(xscale="log", xlabel="training images", ylabel="test accuracy, %")
@@ -253,3 +295,25 @@ def save(folder: Path, rows: list[Row]) -> list[Path]:
     for name, draw in drawn.items():
         write(folder / name, png(draw(tested)))
     return [folder / name for name in ("report.md", *drawn)]
+
+
+def curve(history: list[dict], title: str) -> bytes:
+    """A PNG of the loss over the epochs, with the training accuracy (images) or the loss on val (text)."""
+    epochs = [row["epoch"] for row in history]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    left = figure.add_subplot(xlabel="epoch", ylabel="training loss")
+    left.set_title(title, parse_math=False)
+    left.plot(epochs, [row["loss"] for row in history], color="tab:blue", label="training loss")
+    if "val loss" in history[0]:
+        left.plot(
+            epochs, [row["val loss"] for row in history], color="tab:orange", label="val loss"
+        )
+        left.legend()
+        left.set_ylabel("loss of a token, nats")
+    else:
+        right = left.twinx()
+        right.set(ylabel="training accuracy, %", ylim=(0, 101))
+        right.plot(epochs, [row["train"] for row in history], color="tab:orange")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()

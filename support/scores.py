@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from statistics import fmean
 
-from support.tokens import Pair
+from support.language import Pair
 
 References = list[list[str]]  # of every output
 
@@ -26,15 +26,22 @@ def words(text: str) -> list[str]:
 def bleu_ter(outputs: list[str], references: References) -> dict[str, float]:
     from sacrebleu.metrics import BLEU, TER
 
-    streams = list(zip_longest(*references))  # None where a source has no more references, as sacrebleu has it
-    return {"BLEU": BLEU().corpus_score(outputs, streams).score, "TER": TER().corpus_score(outputs, streams).score}
+    streams = list(
+        zip_longest(*references)
+    )  # None where a source has no more references, as sacrebleu has it
+    return {
+        "BLEU": BLEU().corpus_score(outputs, streams).score,
+        "TER": TER().corpus_score(outputs, streams).score,
+    }
 
 
 def nist(outputs: list[str], references: References) -> dict[str, float]:
     from nltk.translate.nist_score import corpus_nist
 
     written = [words(output) for output in outputs]
-    longest = min(5, max(map(len, written)))  # nltk divides by the number of runs, which must not be 0
+    longest = min(
+        5, max(map(len, written))
+    )  # nltk divides by the number of runs, which must not be 0
     known = [[words(reference) for reference in own] for own in references]
     return {"NIST": corpus_nist(known, written, n=longest) if longest else 0.0}
 
@@ -59,15 +66,21 @@ def rouge(outputs: list[str], references: References) -> dict[str, float]:
 
     kinds = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
     scorer = RougeScorer(list(kinds), use_stemmer=True)
-    every = [scorer.score_multi(own, output) for output, own in zip(outputs, references, strict=True)]  # best reference
-    return {name: 100 * fmean(scores[kind].fmeasure for scores in every) for kind, name in kinds.items()}
+    every = [
+        scorer.score_multi(own, output) for output, own in zip(outputs, references, strict=True)
+    ]  # best reference
+    return {
+        name: 100 * fmean(scores[kind].fmeasure for scores in every) for kind, name in kinds.items()
+    }
 
 
 def cider(outputs: list[str], references: References) -> dict[str, float]:
     from pycocoevalcap.cider.cider import Cider
 
     written = {i: [" ".join(words(output))] for i, output in enumerate(outputs)}
-    known = {i: [" ".join(words(reference)) for reference in own] for i, own in enumerate(references)}
+    known = {
+        i: [" ".join(words(reference)) for reference in own] for i, own in enumerate(references)
+    }
     return {"CIDEr": float(Cider().compute_score(known, written)[0])}
 
 

@@ -11,12 +11,13 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import Dataset, load
-from support import download
-from support.options import Config
-from train import load_backbone
+from support import files
+from train import Config, load_backbone
 from vit import ViT
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a pytest in the background would ignore Ctrl-C
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # children of a pytest in the background would ignore Ctrl-C
 
 
 @pytest.fixture
@@ -47,13 +48,13 @@ def frozen(small) -> ViT:
 @pytest.fixture(scope="session")
 def digits16() -> Dataset:
     """The digits as `frozen` reads them."""
-    return load("digits", reads=16)
+    return load("digits", image_size=16)
 
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     """A web server on this machine, for what a test puts into tmp_path / "site"."""
     (tmp_path / "site").mkdir()
-    monkeypatch.setattr(download, "PAUSE", 0.001)
+    monkeypatch.setattr(files, "PAUSE", 0.001)
     with serve(tmp_path / "site") as server:
         yield server

@@ -9,7 +9,11 @@ from pathlib import Path
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
-        start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-")) if "Range" in self.headers else 0
+        start = (
+            int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+            if "Range" in self.headers
+            else 0
+        )
         server.log.append((self.path, start))
         path = server.folder / self.path[1:]
         if server.failures or not path.is_file():

@@ -27,7 +27,9 @@ class Started:
 
     def __init__(self, script: str, *words: str | Path, most: int = resource.RLIM_INFINITY):
         self.hears, says = forks.Pipe(duplex=False)
-        self.process = forks.Process(target=work, args=(script, [str(word) for word in words], says, most))
+        self.process = forks.Process(
+            target=work, args=(script, [str(word) for word in words], says, most)
+        )
         self.process.start()
         says.close()
 
@@ -38,7 +40,9 @@ class Started:
 
     def stop(self, kind: int = signal.SIGKILL) -> None:
         """Send a signal to the process and to its children."""
-        with contextlib.suppress(ProcessLookupError):  # it has ended, or has not yet a group of its own
+        with contextlib.suppress(
+            ProcessLookupError
+        ):  # it has ended, or has not yet a group of its own
             return os.killpg(self.process.pid, kind)
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, kind)

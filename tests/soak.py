@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import sweep
-from support.worker import Worker
+from sweep import Worker
 
 NAMES = ("MB of memory", "open files", "threads")
 
@@ -27,7 +27,11 @@ NAMES = ("MB of memory", "open files", "threads")
 def usage() -> tuple[float, int, int]:
     """Resident memory in MB, open files and threads of this process."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmRSS"].split()[0]) / 1024, len(list(Path("/proc/self/fd").iterdir())), int(status["Threads"])
+    return (
+        int(status["VmRSS"].split()[0]) / 1024,
+        len(list(Path("/proc/self/fd").iterdir())),
+        int(status["Threads"]),
+    )
 
 
 def say(values, form: str) -> str:
@@ -38,7 +42,9 @@ def soak(minutes: float, out: str) -> bool:
     """Whether nothing grew while runs of every method of sweep.py, one after another, went on for so long."""
     todo = sweep.Sweep(methods=list(sweep.METHODS), out=out)
     worker, start, rows, printed = Worker(torch.get_num_threads()), time.perf_counter(), [], 0
-    plan = list(product(todo.lr, todo.wd, sweep.cells(todo)))  # a run of every method, then another setting
+    plan = list(
+        product(todo.lr, todo.wd, sweep.cells(todo))
+    )  # a run of every method, then another setting
     for i in count():
         (lr, wd, cell), seed = plan[i % len(plan)], i // len(plan)
         worker.run(sweep.configure(todo, cell, lr=lr, wd=wd, seed=seed, final=False))

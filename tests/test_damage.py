@@ -18,10 +18,9 @@ import data as data_module
 import sweep
 from data import ASSETS, Dataset, UsageError, load
 from gpt import GPT
-from support import checkpoint
-from support.options import Config, resolve
-from support.pixels import prepare
-from train import Tuned, make_optimizer, open_backbone, train
+from support import runs
+from support.images import prepare
+from train import Config, TunedModel, make_optimizer, open_backbone, resolve, train
 from vit import ViT
 
 CASES = 200 if os.environ.get("FAULTS") == "long" else 20
@@ -60,9 +59,9 @@ def refused_or_healed(path: Path, use: Callable, cases: int = CASES) -> int:
 def resumed(out: Path, config: Config, backbone: ViT, seed: int = 1) -> tuple:
     """The weights, momentum and metrics with which a run goes on."""
     torch.manual_seed(seed)
-    model = Tuned(config, backbone, 10)
+    model = TunedModel(config, backbone, 10)
     optimizer = make_optimizer(config, model)
-    history = checkpoint.resume(out, json.loads(json.dumps(vars(config))), model, optimizer)
+    history = runs.resume(out, json.loads(json.dumps(vars(config))), model, optimizer)
     return history, [p.tolist() for p in model.parameters()], str(optimizer.state_dict())
 
 
@@ -73,10 +72,14 @@ def test_a_damaged_checkpoint_is_refused_or_healed_and_never_used(frozen, digits
         use = lambda config=config, name=name: resumed(tmp_path / name, config, frozen)  # noqa: E731
         assert refused_or_healed(tmp_path / name / "state.pt", use) > CASES / 2
         assert refused_or_healed(tmp_path / name / "config.json", use, CASES // 2) > CASES / 10
-        assert refused_or_healed(tmp_path / name / "metrics.jsonl", use, 6) == 0  # state.pt knows better
+        assert (
+            refused_or_healed(tmp_path / name / "metrics.jsonl", use, 6) == 0
+        )  # state.pt knows better
         train(config, frozen, digits16)
         assert refused_or_healed(tmp_path / name / "prefix.safetensors", use) > CASES / 2
-        assert refused_or_healed(tmp_path / name / "metrics.jsonl", use, 6) == 0  # prefix.safetensors knows better
+        assert (
+            refused_or_healed(tmp_path / name / "metrics.jsonl", use, 6) == 0
+        )  # prefix.safetensors knows better
     assert refused_or_healed(tmp_path / "full" / "backbone.safetensors", use) > CASES / 2
 
 
@@ -86,7 +89,9 @@ def test_a_damaged_cache_is_refused_and_never_used(tmp_path):
     def use() -> bytes:
         split = prepare(tmp_path / "cache", "t", tmp_path / "images", files, 32)
         data = Dataset("t", list("abc"), 32, False, "train", {"train": split})
-        return b"".join(tensor.numpy().tobytes() for batch in data.batches("train", 5) for tensor in batch)
+        return b"".join(
+            tensor.numpy().tobytes() for batch in data.batches("train", 5) for tensor in batch
+        )
 
     use()
     (cached,) = (tmp_path / "cache").glob("*.pixels")
@@ -99,15 +104,17 @@ def test_a_damaged_asset_is_refused_and_never_used(tmp_path, monkeypatch):
     monkeypatch.setattr(data_module, "ASSETS", tmp_path)
 
     def images() -> bytes:
-        splits = load("digits", reads=8).splits.values()
+        splits = load("digits", image_size=8).splits.values()
         return b"".join(split.pixels.tobytes() + split.index.tobytes() for split in splits)
 
     assert refused_or_healed(tmp_path / "digits.npz", images) > CASES / 2
-    for path in tmp_path.glob("*.safetensors"):  # one that fails here has no checksum yet: weights.py says how
+    for path in tmp_path.glob(
+        "*.safetensors"
+    ):  # one that fails here has no checksum yet: weights.py says how
         kind = GPT if "gpt" in path.name else ViT
 
         def weights(path=path, kind=kind) -> str:
-            return checkpoint.fingerprint(open_backbone(kind, str(path)))
+            return runs.fingerprint(open_backbone(kind, str(path)))
 
         assert refused_or_healed(path, weights) == CASES
 
@@ -126,16 +133,35 @@ def test_a_damaged_split_file_is_refused_and_never_used(tmp_path):
 
 
 def test_a_damaged_line_of_results_is_done_again_and_gives_the_same_report(small, tmp_path, capsys):
-    words = ["--lr", "1", "5", "--wd", "0", "0.001", "--seed", "42", "--epochs", "8", "--fraction", "0.1", "--halving"]
+    words = [
+        "--lr",
+        "1",
+        "5",
+        "--wd",
+        "0",
+        "0.001",
+        "--seed",
+        "42",
+        "--epochs",
+        "8",
+        "--fraction",
+        "0.1",
+        "--halving",
+    ]
     words += ["--backbone", small, "--out", str(tmp_path), "--methods", "probe", "--device", "cpu"]
     assert sweep.main(words) == 0
     folder = tmp_path / "digits-halving"
     results, report = folder / "results.jsonl", (folder / "report.md").read_bytes()
     content, expected = results.read_bytes(), sorted(results.read_bytes().splitlines())
     for case in range(2 * CASES // 10):
-        results.write_bytes(damaged(content, case))  # also of stages after which the run has gone on
+        results.write_bytes(
+            damaged(content, case)
+        )  # also of stages after which the run has gone on
         assert sweep.main(words) == 0
-        assert (sorted(results.read_bytes().splitlines()), (folder / "report.md").read_bytes()) == (expected, report)
+        assert (sorted(results.read_bytes().splitlines()), (folder / "report.md").read_bytes()) == (
+            expected,
+            report,
+        )
     assert "a line is damaged; its run is done again" in capsys.readouterr().err
 
 
@@ -148,4 +174,6 @@ def test_a_run_that_says_done_and_has_no_weights_is_refused(frozen, digits16, tm
     (tmp_path / "lost").rename(tmp_path / "prefix.safetensors")
     (tmp_path / "metrics.jsonl").unlink()  # the other way round, the weights know
     history = train(config, frozen, digits16).history
-    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == history
+    assert [
+        json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ] == history

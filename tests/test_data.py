@@ -18,14 +18,27 @@ import train
 from data import load
 from support import benchmarks
 
-SCRATCH = ["--backbone", "scratch", "--device", "cpu", "--batch", "4", "--epochs", "1", "--length", "2"]
+SCRATCH = [
+    "--backbone",
+    "scratch",
+    "--device",
+    "cpu",
+    "--batch",
+    "4",
+    "--epochs",
+    "1",
+    "--length",
+    "2",
+]
 
 
 def jpeg(seed: int, width: int = 40, height: int = 30) -> bytes:
     """A picture with structure, no two alike."""
     noise = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+    Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).save(
+        buffer, "JPEG", quality=90
+    )
     return buffer.getvalue()
 
 
@@ -38,8 +51,16 @@ def tar(path: Path, files: dict[str, bytes]) -> None:
 
 
 KEYS = {  # how an image of class c is called in VPT's splits and in the archive, and its class id
-    "cub": (lambda c, i: f"{c:03}.Bird_{c}/Bird_{i}.jpg", lambda c: f"{c:03}", "CUB_200_2011/images/"),
-    "nabirds": (lambda c, i: f"{290 + 7 * c:04}/{i:032x}.jpg", lambda c: 290 + 7 * c, "nabirds/images/"),
+    "cub": (
+        lambda c, i: f"{c:03}.Bird_{c}/Bird_{i}.jpg",
+        lambda c: f"{c:03}",
+        "CUB_200_2011/images/",
+    ),
+    "nabirds": (
+        lambda c, i: f"{290 + 7 * c:04}/{i:032x}.jpg",
+        lambda c: 290 + 7 * c,
+        "nabirds/images/",
+    ),
     "flowers": (lambda c, i: f"jpg/image_{100 * c + i:05}.jpg", lambda c: c, ""),
     "dogs": (lambda c, i: f"n0{c}-Dog_{c}/n0{c}_{i}.jpg", lambda c: c, "Images/"),
     "cars": (lambda c, i: f"car_ims/{100 * c + i:06}.jpg", lambda c: c, ""),
@@ -52,7 +73,9 @@ def publish_fgvc(task: str, folder: Path, url: str, patch) -> None:
     source = benchmarks.FGVC[task]
     parts = {"train": range(4), "val": range(4, 5), "test": range(5, 7)}
     splits = {
-        split: {key(c, i): class_id(c) for c in (1, 2, 3) for i in numbers if (split, c) != ("val", 2)}
+        split: {
+            key(c, i): class_id(c) for c in (1, 2, 3) for i in numbers if (split, c) != ("val", 2)
+        }
         for split, numbers in parts.items()
     }
     pictures = {f"{top}{key(c, i)}": jpeg(10 * c + i) for c in (1, 2, 3) for i in range(7)}
@@ -73,10 +96,17 @@ def publish_vtab(tasks: list[str], folder: Path, url: str, patch) -> None:
     """The usual archive with some of its tasks: lists of `path label`, and a copy of the pictures for every list."""
     with zipfile.ZipFile(folder / "vtab-1k.zip", "w") as archive:
         for task in tasks:
-            lists = {"train800": range(6), "val200": range(6, 8), "train800val200": range(8), "test": range(8, 12)}
+            lists = {
+                "train800": range(6),
+                "val200": range(6, 8),
+                "train800val200": range(8),
+                "test": range(8, 12),
+            }
             for split, numbers in lists.items():
                 names = [f"images/{split}/{i:06}.jpg" for i in range(len(numbers))]
-                rows = [f"{name} {number % 2}\n" for name, number in zip(names, numbers, strict=True)]
+                rows = [
+                    f"{name} {number % 2}\n" for name, number in zip(names, numbers, strict=True)
+                ]
                 archive.writestr(f"vtab-1k/{task}/{split}.txt", "".join(rows))
                 for name, number in zip(names, numbers, strict=True):
                     archive.writestr(f"vtab-1k/{task}/{name}", jpeg(number))
@@ -84,7 +114,17 @@ def publish_vtab(tasks: list[str], folder: Path, url: str, patch) -> None:
 
 
 def run(task: str, tmp_path: Path) -> int:
-    return train.main(["--task", task, "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out"), *SCRATCH])
+    return train.main(
+        [
+            "--task",
+            task,
+            "--data-dir",
+            str(tmp_path / "data"),
+            "--out",
+            str(tmp_path / "out"),
+            *SCRATCH,
+        ]
+    )
 
 
 def files(folder: Path) -> dict[Path, int]:
@@ -106,7 +146,11 @@ def test_an_fgvc_task_goes_from_nothing_to_a_trained_prefix_and_is_not_fetched_o
     assert "test" in json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
     before, asked = files(tmp_path / "data"), len(site.log)
     dataset = load(task, tmp_path / "data", 32)
-    assert {name: len(split) for name, split in dataset.splits.items()} == {"train": 12, "val": 2, "test": 6}
+    assert {name: len(split) for name, split in dataset.splits.items()} == {
+        "train": 12,
+        "val": 2,
+        "test": 6,
+    }
     assert (files(tmp_path / "data"), len(site.log)) == (before, asked)
     assert asked >= 3  # the three split files at least
 
@@ -137,7 +181,10 @@ TOTALS = {"cub": 11_788, "nabirds": 48_562, "flowers": 8_189, "dogs": 20_580, "c
 
 @pytest.mark.parametrize("task", PAPER)
 def test_the_recorded_splits_have_the_paper_s_sizes_and_sha256_of_their_own(task):
-    rows = [benchmarks.SPLIT_FILES[f"{benchmarks.FGVC[task].splits}/{split}"] for split in benchmarks.SPLITS]
+    rows = [
+        benchmarks.SPLIT_FILES[f"{benchmarks.FGVC[task].splits}/{split}"]
+        for split in benchmarks.SPLITS
+    ]
     assert (*(images for _, images, _ in rows), rows[0][2]) == PAPER[task]
     assert sum(images for _, images, _ in rows) == TOTALS[task]
     assert (*data.TASKS[task].sizes.values(), data.TASKS[task].classes) == PAPER[task]
@@ -146,10 +193,17 @@ def test_the_recorded_splits_have_the_paper_s_sizes_and_sha256_of_their_own(task
 
 
 def test_vtab_has_its_19_tasks_in_three_groups():
-    groups = {name: task.group for name, task in data.TASKS.items() if task.group.startswith("VTAB")}
-    sizes = [list(groups.values()).count(f"VTAB-1K {group}") for group in ("natural", "specialized", "structured")]
+    groups = {
+        name: task.group for name, task in data.TASKS.items() if task.group.startswith("VTAB")
+    }
+    sizes = [
+        list(groups.values()).count(f"VTAB-1K {group}")
+        for group in ("natural", "specialized", "structured")
+    ]
     assert sizes == [7, 4, 8]
-    assert all(data.TASKS[name].final == "trainval" and not data.TASKS[name].augment for name in groups)
+    assert all(
+        data.TASKS[name].final == "trainval" and not data.TASKS[name].augment for name in groups
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,17 +224,24 @@ def test_published_settings_are_the_defaults_and_what_the_user_passes_wins(task,
     assert (config.length, config.lr, config.wd) == (3, 0.7, expected[2])
 
 
-def test_classes_are_numbered_by_the_train_split_even_if_another_split_lacks_one(site, tmp_path, monkeypatch):
+def test_classes_are_numbered_by_the_train_split_even_if_another_split_lacks_one(
+    site, tmp_path, monkeypatch
+):
     publish_fgvc("nabirds", site.folder, site.url, monkeypatch)
     (tmp_path / "data").mkdir()
     (site.folder / "nabirds.tar.gz").rename(tmp_path / "data" / "nabirds.tar.gz")
     splits = load("nabirds", tmp_path / "data", 32).splits
     assert sorted(set(splits["train"].index[:, 3])) == [0, 1, 2]
-    assert sorted(splits["val"].index[:, 3]) == [0, 2]  # ranked within val alone, the last would be 1
+    assert sorted(splits["val"].index[:, 3]) == [
+        0,
+        2,
+    ]  # ranked within val alone, the last would be 1
 
 
 @pytest.mark.parametrize("layout", ["", "cub", "CUB_200_2011", "cub/CUB_200_2011"])
-def test_a_folder_that_the_user_has_is_found_and_nothing_is_downloaded(layout, site, tmp_path, monkeypatch):
+def test_a_folder_that_the_user_has_is_found_and_nothing_is_downloaded(
+    layout, site, tmp_path, monkeypatch
+):
     publish_fgvc("cub", site.folder, site.url, monkeypatch)
     home = tmp_path / "data" / layout
     home.mkdir(parents=True)
@@ -193,7 +254,9 @@ def test_a_folder_that_the_user_has_is_found_and_nothing_is_downloaded(layout, s
     assert site.log == []
 
 
-def test_a_split_file_that_names_a_missing_image_is_one_sentence(site, tmp_path, monkeypatch, capsys):
+def test_a_split_file_that_names_a_missing_image_is_one_sentence(
+    site, tmp_path, monkeypatch, capsys
+):
     publish_fgvc("cub", site.folder, site.url, monkeypatch)
     assert run("cub", tmp_path) == 0
     missing = next((tmp_path / "data").rglob("Bird_2.jpg"))
@@ -203,7 +266,9 @@ def test_a_split_file_that_names_a_missing_image_is_one_sentence(site, tmp_path,
     assert f"{missing} belongs to cub" in error
 
 
-def test_the_task_list_and_the_preparation_of_one_task_print_what_they_found(site, tmp_path, monkeypatch, capsys):
+def test_the_task_list_and_the_preparation_of_one_task_print_what_they_found(
+    site, tmp_path, monkeypatch, capsys
+):
     publish_fgvc("flowers", site.folder, site.url, monkeypatch)
     words = ["--data-dir", str(tmp_path / "data")]
     assert data.main(words) == 0

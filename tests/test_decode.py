@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_gpt import EOS, LAYERS, L, V, past, random_gpt2, same, some_prefix
 
-from decode import Cache
+from gpt import Cache
 
 
 @pytest.fixture(scope="module")
@@ -19,19 +19,31 @@ def until_eos(text):
     return text[: text.index(EOS)] if EOS in text else text
 
 
-def transformers_texts(source, prompts, prefix=None, one_by_one=False, banned=(), beams=1, max_new=16, **options):
+def transformers_texts(
+    source, prompts, prefix=None, one_by_one=False, banned=(), beams=1, max_new=16, **options
+):
     """What transformers' generate writes: prompts of one batch padded at the left, or one by one."""
     if one_by_one:
-        return [transformers_texts(source, [p], prefix, False, banned, beams, max_new, **options)[0] for p in prompts]
+        return [
+            transformers_texts(source, [p], prefix, False, banned, beams, max_new, **options)[0]
+            for p in prompts
+        ]
     longest = max(map(len, prompts))
     tokens = torch.tensor([[EOS] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     if prefix is not None:
-        mask = torch.cat([torch.ones(len(prompts), prefix.shape[-2], dtype=torch.long), mask], dim=1)
+        mask = torch.cat(
+            [torch.ones(len(prompts), prefix.shape[-2], dtype=torch.long), mask], dim=1
+        )
         options["cache"] = past(prefix, len(prompts) * beams)
     if banned:
         options["bad_words_ids"] = [[token] for token in banned]
-    options |= {"num_beams": beams, "max_new_tokens": max_new, "do_sample": False, "pad_token_id": EOS}
+    options |= {
+        "num_beams": beams,
+        "max_new_tokens": max_new,
+        "do_sample": False,
+        "pad_token_id": EOS,
+    }
     texts = source.generate(tokens, attention_mask=mask, **options)
     return [until_eos(text) for text in texts[:, longest:].tolist()]
 
@@ -65,7 +77,9 @@ SETTINGS = [
 
 @pytest.mark.parametrize("with_prefix", [False, True])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_texts_equal_those_of_transformers_batched_and_one_by_one(settings, with_prefix, double_pair, prompts):
+def test_texts_equal_those_of_transformers_batched_and_one_by_one(
+    settings, with_prefix, double_pair, prompts
+):
     source, model = double_pair
     torch.manual_seed(1)
     prefix = some_prefix(torch.float64)[:2] if with_prefix else None
@@ -73,7 +87,9 @@ def test_texts_equal_those_of_transformers_batched_and_one_by_one(settings, with
     ours = model.generate(prompts, prefix, max_new=16, eos=EOS, **settings)
     assert ours == theirs
     assert {type(token) for text in ours for token in text} == {int}
-    assert [model.generate([p], prefix, max_new=16, eos=EOS, **settings)[0] for p in prompts[:20]] == theirs[:20]
+    assert [
+        model.generate([p], prefix, max_new=16, eos=EOS, **settings)[0] for p in prompts[:20]
+    ] == theirs[:20]
     some = transformers_texts(source, prompts[:5], prefix, one_by_one=True, **settings)
     assert some == theirs[:5]
     assert len({len(text) for text in theirs}) > 2  # some end early
@@ -126,7 +142,9 @@ def test_finished_prompts_leave_the_batch(double_pair, prompts, monkeypatch):
     sizes = []
     step = Cache.step
     monkeypatch.setattr(
-        Cache, "step", lambda self, parent, token: sizes.append(len(token)) or step(self, parent, token)
+        Cache,
+        "step",
+        lambda self, parent, token: sizes.append(len(token)) or step(self, parent, token),
     )
     texts = model.generate(prompts, max_new=16, eos=EOS)
     assert sizes == [sum(len(text) > n for text in texts) for n in range(len(sizes))]
@@ -138,7 +156,9 @@ def test_texts_that_do_not_fit_the_context_are_refused(pair):
     assert model(torch.randint(V, (1, 64 - L)), some_prefix()).shape == (1, 64 - L, V)
     with pytest.raises(ValueError, match="5 prefix vectors and 60 tokens exceed the context of 64"):
         model(torch.randint(V, (1, 60)), some_prefix())
-    assert len(model.generate([[1] * 40], some_prefix(), max_new=20, eos=-1)[0]) == 20  # the last one is not read
+    assert (
+        len(model.generate([[1] * 40], some_prefix(), max_new=20, eos=-1)[0]) == 20
+    )  # the last one is not read
     with pytest.raises(ValueError, match="need 65 positions of 64"):
         model.generate([[1] * 41], some_prefix(), max_new=20)
     with pytest.raises(ValueError, match="empty"):
@@ -150,12 +170,15 @@ def test_a_gpt_held_in_bf16_writes_texts_that_fp32_finds_likely(beams, pair, pro
     source, model = pair
     torch.manual_seed(0)
     held, prefix = same(source), some_prefix()
-    held.hold_in_bf16()
+    held.cast_frozen_weights()
 
     def log_p(texts):
         """The mean over all texts of what `model` gives them."""
         rows = [
-            model(torch.tensor([p + t]), prefix)[0, len(p) - 1 : -1].log_softmax(-1)[range(len(t)), t].sum().item()
+            model(torch.tensor([p + t]), prefix)[0, len(p) - 1 : -1]
+            .log_softmax(-1)[range(len(t)), t]
+            .sum()
+            .item()
             for p, t in zip(prompts, texts, strict=True)
         ]
         return sum(rows) / len(rows)

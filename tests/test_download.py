@@ -1,4 +1,4 @@
-"""download.py: broken connections go on, wrong and hostile files are refused, nothing half-written is taken."""
+"""files.py: broken connections go on, wrong and hostile files are refused, nothing half-written is taken."""
 
 import hashlib
 import io
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from support import download
-from support.download import UsageError, fetch, obtain, write
+from support import files
+from support.files import UsageError, fetch, obtain, write
 
 ROOT = Path(__file__).parent.parent
 CONTENT = bytes(range(256)) * 4000  # about 1 MB
@@ -39,7 +39,9 @@ def test_a_connection_cut_in_the_middle_goes_on_where_it_was(site, tmp_path):
 
 def test_a_server_that_cannot_go_on_sends_everything_again(site, tmp_path):
     site.cuts, site.resumes = 1, False
-    assert fetch([f"{site.url}/file.bin"], tmp_path / "got" / "file.bin", MD5).read_bytes() == CONTENT
+    assert (
+        fetch([f"{site.url}/file.bin"], tmp_path / "got" / "file.bin", MD5).read_bytes() == CONTENT
+    )
 
 
 def test_a_busy_server_is_asked_again_and_a_missing_file_sought_at_the_next_source(site, tmp_path):
@@ -68,14 +70,14 @@ def test_a_checksum_that_nobody_published_is_recorded_and_held_to(site, tmp_path
 def test_a_download_that_was_killed_goes_on_in_the_next_process(site, tmp_path):
     (tmp_path / "site" / "file.bin").write_bytes(CONTENT * 60)
     code = (
-        "import sys, time; from pathlib import Path; from support import download\n"
-        "real = download.urlopen\n"
+        "import sys, time; from pathlib import Path; from support import files\n"
+        "real = files.urlopen\n"
         "def slow(*a, **k):\n"
         "    answer = real(*a, **k); read = answer.read\n"
         "    answer.read = lambda n: (time.sleep(0.05), read(n))[1]\n"
         "    return answer\n"
-        "download.urlopen = slow\n"
-        "download.fetch([sys.argv[1]], Path(sys.argv[2]), None)"
+        "files.urlopen = slow\n"
+        "files.fetch([sys.argv[1]], Path(sys.argv[2]), None)"
     )
     words = [sys.executable, "-c", code, f"{site.url}/file.bin", str(tmp_path / "got" / "file.bin")]
     process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -117,7 +119,7 @@ def test_a_truncated_archive_is_named_and_a_whole_one_then_taken(tmp_path):
 
 def test_a_full_disk_is_one_sentence_before_anything_is_written(site, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: usage(10**6, 10**6, 1000))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: usage(10**6, 10**6, 1000))
     with pytest.raises(UsageError, match=r"has 0.00 GB left\); give a folder on a disk with room"):
         fetch([f"{site.url}/file.bin"], tmp_path / "got" / "file.bin", MD5)
     assert not (tmp_path / "got" / "file.bin").exists()
@@ -131,7 +133,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UsageError, match=r"a\.json cannot be written \(No space left on device\); make room"):
+    with pytest.raises(
+        UsageError, match=r"a\.json cannot be written \(No space left on device\); make room"
+    ):
         write(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

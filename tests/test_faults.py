@@ -20,23 +20,51 @@ from processes import Started
 from test_pixels import many
 
 from data import load
-from support import weights
-from support.options import Config
-from support.usage import exit_code
-from train import train
+from support.files import exit_code
+from train import Config, train
 
 ROOT = Path(__file__).parent.parent
 KILLS = 50 if os.environ.get("FAULTS") == "long" else 3
-RUN = ["--fraction", "0.1", "--epochs", "8", "--length", "4", "--lr", "1", "--share", "deep", "--device", "cpu"]
-GRID = ["--lr", "1", "5", "--wd", "0", "0.001", "--seed", "42", "44", "--epochs", "8", "--fraction", "0.1", "--halving"]
+RUN = [
+    "--fraction",
+    "0.1",
+    "--epochs",
+    "8",
+    "--length",
+    "4",
+    "--lr",
+    "1",
+    "--share",
+    "deep",
+    "--device",
+    "cpu",
+]
+GRID = [
+    "--lr",
+    "1",
+    "5",
+    "--wd",
+    "0",
+    "0.001",
+    "--seed",
+    "42",
+    "44",
+    "--epochs",
+    "8",
+    "--fraction",
+    "0.1",
+    "--halving",
+]
 
 
 def outcome(folder: Path) -> dict[str, bytes]:
     """All that a finished run leaves, bit for bit, but its settings, which say where it was made."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "config.json"}
+    files = {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.name != "config.json"
+    }
     for path in folder.glob("*.safetensors"):  # the order of the strings in their headers is any
-        state, strings = weights.read(path)
-        files[path.name] = weights.digest(state, strings | {"config": ""}).encode()
+        state, strings = files.read_weights(path)
+        files[path.name] = files.weights_digest(state, strings | {"config": ""}).encode()
     return files
 
 
@@ -50,7 +78,9 @@ def one_sentence(said: str) -> str:
 # Kills.
 
 
-def killed_until_it_ends(script: str, words: list[str], broken: Path, life: float, same: Callable) -> None:
+def killed_until_it_ends(
+    script: str, words: list[str], broken: Path, life: float, same: Callable
+) -> None:
     """Kill a command at KILLS random moments of its life; whenever it comes to its end, that must be the right one."""
     rng, kills = random.Random(0), 0
     while kills < KILLS or broken.exists():
@@ -66,10 +96,14 @@ def killed_until_it_ends(script: str, words: list[str], broken: Path, life: floa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [["--share", "deep"], ["--tune", "full", "--lr", "0.1"]], ids=["deep", "full"])
+@pytest.mark.parametrize(
+    "method", [["--share", "deep"], ["--tune", "full", "--lr", "0.1"]], ids=["deep", "full"]
+)
 def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(method, tmp_path):
     words, whole, broken = [*RUN, *method], tmp_path / "whole", tmp_path / "broken"
-    assert Started("train", *words, "--out", tmp_path / "first").end()[0] == 0  # the server of processes is warm
+    assert (
+        Started("train", *words, "--out", tmp_path / "first").end()[0] == 0
+    )  # the server of processes is warm
     start = time.perf_counter()
     assert Started("train", *words, "--out", whole).end()[0] == 0
     life, expected = time.perf_counter() - start, outcome(whole)
@@ -78,25 +112,35 @@ def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(method, tmp_path
         assert outcome(broken) == expected
 
     killed_until_it_ends("train", words, broken, life, same)
-    assert outcome(tmp_path / "first") == expected  # the same seed in another process: the same bits
+    assert (
+        outcome(tmp_path / "first") == expected
+    )  # the same seed in another process: the same bits
     assert Started("train", *words, "--seed", "7", "--out", whole / "other").end()[0] == 0
     assert outcome(whole / "other") != expected
 
 
 @pytest.mark.slow
 def test_a_sweep_killed_at_random_moments_ends_in_the_same_report(small, tmp_path):
-    words, whole, broken = [*GRID, "--backbone", small, "--device", "cpu"], tmp_path / "whole", tmp_path / "broken"
+    words, whole, broken = (
+        [*GRID, "--backbone", small, "--device", "cpu"],
+        tmp_path / "whole",
+        tmp_path / "broken",
+    )
     start = time.perf_counter()
     assert Started("sweep", *words, "--out", whole).end()[0] == 0
     life, names = time.perf_counter() - start, ("report.md", "report.png")
 
     def same():
         ended, expected = broken / "digits-halving", whole / "digits-halving"
-        assert [(ended / name).read_bytes() for name in names] == [(expected / name).read_bytes() for name in names]
+        assert [(ended / name).read_bytes() for name in names] == [
+            (expected / name).read_bytes() for name in names
+        ]
         assert lines(ended) == lines(expected)
 
     killed_until_it_ends("sweep", words, broken, life, same)
-    assert len(lines(whole / "digits-halving")) == 2 * (4 + 2 + 1 + 1 + 2)  # of two methods: the stages, the seeds
+    assert len(lines(whole / "digits-halving")) == 2 * (
+        4 + 2 + 1 + 1 + 2
+    )  # of two methods: the stages, the seeds
 
 
 def lines(folder: Path) -> list[str]:
@@ -109,7 +153,9 @@ class Dead(BaseException):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [{"share": "deep"}, {"tune": "full", "lr": 0.1}, {"lr": 1e30}])
-def test_a_process_may_die_before_any_of_its_touches_of_the_disk(method, frozen, digits16, tmp_path, monkeypatch):
+def test_a_process_may_die_before_any_of_its_touches_of_the_disk(
+    method, frozen, digits16, tmp_path, monkeypatch
+):
     quick = {"fraction": 0.05, "epochs": 2, "length": 2, "lr": 1.0, "wd": 0.001, "device": "cpu"}
     config = Config(**quick | method, out=str(tmp_path / "whole"))
     train(config, frozen, digits16)
@@ -146,7 +192,9 @@ GOES_ON = "stopped; the same command goes on from the last finished epoch"
 @pytest.mark.slow
 def test_ctrl_c_in_a_shell_ends_in_a_sentence_and_130(tmp_path):
     command = [sys.executable, "train.py", *RUN, "--epochs", "10000", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     while not (tmp_path / "state.pt").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -155,8 +203,14 @@ def test_ctrl_c_in_a_shell_ends_in_a_sentence_and_130(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["train", "sweep"])
-def test_ctrl_c_at_random_moments_ends_in_a_sentence_and_the_same_command_goes_on(script, small, tmp_path):
-    words, rng, stopped = RUN if script == "train" else [*GRID, "--backbone", small], random.Random(0), 0
+def test_ctrl_c_at_random_moments_ends_in_a_sentence_and_the_same_command_goes_on(
+    script, small, tmp_path
+):
+    words, rng, stopped = (
+        RUN if script == "train" else [*GRID, "--backbone", small],
+        random.Random(0),
+        0,
+    )
     start = time.perf_counter()
     assert Started(script, *words, "--out", tmp_path / "whole").end()[0] == 0
     life, broken = time.perf_counter() - start, tmp_path / "broken"
@@ -179,11 +233,15 @@ def test_ctrl_c_that_an_import_turns_into_an_error_of_its_own_still_ends_in_the_
         try:
             signal.raise_signal(signal.SIGINT)
         except KeyboardInterrupt:
-            raise ImportError("cannot import name 'FigureCanvasAgg'") from None  # what matplotlib's backend does
+            raise ImportError(
+                "cannot import name 'FigureCanvasAgg'"
+            ) from None  # what matplotlib's backend does
 
     assert exit_code(work, "stopped") == 130
     assert capsys.readouterr().err == "stopped\n"
-    with pytest.raises(ImportError):  # without Ctrl-C it is a fault of the program, and is shown as one
+    with pytest.raises(
+        ImportError
+    ):  # without Ctrl-C it is a fault of the program, and is shown as one
         exit_code(lambda: import_module("no_such_module"))
 
 
@@ -205,7 +263,10 @@ def test_ctrl_c_while_images_are_decoded_ends_in_a_sentence_and_leaves_nothing(t
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_for_a_checkpoint_or_a_line_of_metrics_costs_nothing_but_time(tmp_path):
-    out, words = tmp_path / "run", [*RUN, "--lr", "1e30"]  # diverges, so that its first file is its metrics
+    out, words = (
+        tmp_path / "run",
+        [*RUN, "--lr", "1e30"],
+    )  # diverges, so that its first file is its metrics
     code, said = Started("train", *words, "--out", out, most=10).end()
     assert (code, list(out.parent.iterdir())) == (2, [])
     assert "config.json cannot be written (File too large); make room" in one_sentence(said)
@@ -214,7 +275,9 @@ def test_a_disk_that_is_full_for_a_checkpoint_or_a_line_of_metrics_costs_nothing
     code, said = Started("train", *words, "--out", out, most=10).end()
     assert (code, [path.name for path in out.iterdir()]) == (2, ["config.json"])
     assert "metrics.jsonl cannot be written (File too large); make room" in one_sentence(said)
-    assert Started("train", *words, "--out", out).end()[0] == 3  # there is room again: it diverges, as it should
+    assert (
+        Started("train", *words, "--out", out).end()[0] == 3
+    )  # there is room again: it diverges, as it should
     shutil.rmtree(out)
     code, said = Started("train", *RUN, "--out", out, most=5000).end()
     assert (code, [path.name for path in out.iterdir()]) == (2, ["config.json"])
@@ -236,10 +299,23 @@ def test_a_disk_that_is_full_for_the_cache_or_the_results_costs_nothing_but_time
     words = [tmp_path / "mine", "--data-dir", tmp_path / "data"]
     code, said = Started("data", *words, most=50_000).end()
     assert code == 2
-    assert "cannot be written (File too large); give a folder on a disk with room" in one_sentence(said)
-    assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert "cannot be written (File too large); give a folder on a disk with room" in one_sentence(
+        said
+    )
+    assert not [
+        path for path in (tmp_path / "data").rglob("*") if path.is_file() and path.suffix != ".lock"
+    ]
     assert Started("data", *words).end()[0] == 0
-    words = [*GRID, "--no-halving", "--backbone", small, "--out", tmp_path / "out", "--methods", "probe"]
+    words = [
+        *GRID,
+        "--no-halving",
+        "--backbone",
+        small,
+        "--out",
+        tmp_path / "out",
+        "--methods",
+        "probe",
+    ]
     assert Started("sweep", *words).end()[0] == 0
     results = tmp_path / "out" / "digits" / "results.jsonl"
     expected = results.read_bytes()
@@ -263,7 +339,9 @@ def test_a_second_process_on_a_folder_is_refused_and_a_copy_of_it_goes_on(tmp_pa
     code, said = Started("train", *words, "--out", tmp_path / "run").end()
     assert code == 2
     assert f"another process is at work in {tmp_path / 'run'}; wait for it" in one_sentence(said)
-    subprocess.run(["cp", "-r", tmp_path / "run", tmp_path / "copy"], capture_output=True)  # while it is written to
+    subprocess.run(
+        ["cp", "-r", tmp_path / "run", tmp_path / "copy"], capture_output=True
+    )  # while it is written to
     assert first.end()[0] == 0
     assert Started("train", *words, "--out", tmp_path / "copy").end()[0] == 0
     assert outcome(tmp_path / "copy") == outcome(tmp_path / "run")

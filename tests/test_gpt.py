@@ -22,7 +22,9 @@ def random_gpt2(noise=0.2, seed=0, **options):
     """A GPT-2 of transformers all of whose parameters, biases and norms too, are random."""
     sizes = {"vocab_size": V, "n_positions": 64, "n_embd": D, "n_layer": LAYERS, "n_head": H}
     torch.manual_seed(seed)
-    source = GPT2LMHeadModel(GPT2Config(**sizes | {"bos_token_id": EOS, "eos_token_id": EOS} | options)).eval()
+    source = GPT2LMHeadModel(
+        GPT2Config(**sizes | {"bos_token_id": EOS, "eos_token_id": EOS} | options)
+    ).eval()
     for parameter in source.parameters():
         parameter.data += noise * torch.randn_like(parameter)
     return source.requires_grad_(False)
@@ -68,13 +70,18 @@ def test_a_token_mixes_the_prefix_and_the_tokens_up_to_itself():
         for h in range(H):
             head = slice(h * D // H, (h + 1) * D // H)
             for t in range(6):
-                keys, values = [*prefix[0, h], *k[b, : t + 1, head]], [*prefix[1, h], *v[b, : t + 1, head]]
+                keys, values = (
+                    [*prefix[0, h], *k[b, : t + 1, head]],
+                    [*prefix[1, h], *v[b, : t + 1, head]],
+                )
                 scores = [math.exp(q[b, t, head] @ key / math.sqrt(D // H)) for key in keys]
                 for score, value in zip(scores, values, strict=True):
                     expected[b, t, head] += score / sum(scores) * value
     expected = expected @ attention.proj.weight.T + attention.proj.bias
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)  # fp32, another order of sums
-    assert not torch.allclose(attention(x, prefix, mask | True), expected, atol=1e-3)  # sees what comes after
+    assert not torch.allclose(
+        attention(x, prefix, mask | True), expected, atol=1e-3
+    )  # sees what comes after
 
 
 def test_logits_equal_transformers_on_the_same_weights(pair):
@@ -87,7 +94,9 @@ def test_logits_equal_transformers_on_the_same_weights(pair):
         other = same(source)
         weight = other.blocks[1].get_submodule(part).weight
         weight.data = weight.data.mT.contiguous() if part == "attn.proj" else weight.data * 1.1
-        assert not torch.allclose(other(tokens), theirs, atol=1e-2)  # a forgotten transpose shows, and any weight
+        assert not torch.allclose(
+            other(tokens), theirs, atol=1e-2
+        )  # a forgotten transpose shows, and any weight
 
 
 def test_a_prefix_equals_the_same_past_key_values_in_transformers(pair):
@@ -95,11 +104,15 @@ def test_a_prefix_equals_the_same_past_key_values_in_transformers(pair):
     tokens, prefix = torch.randint(V, (4, 20)), some_prefix()
     theirs = source(tokens, cache=past(prefix, 4)).logits
     torch.testing.assert_close(model(tokens, prefix), theirs, atol=1e-4, rtol=0)
-    assert not torch.allclose(model(tokens, prefix.flip(1)), theirs, atol=1e-2)  # keys and values swapped
+    assert not torch.allclose(
+        model(tokens, prefix.flip(1)), theirs, atol=1e-2
+    )  # keys and values swapped
     assert not torch.allclose(model(tokens), theirs, atol=1e-2)
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # asked for by peft
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)  # asked for by peft
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # given by peft
 @pytest.mark.parametrize("projection", [True, False])
 def test_outputs_equal_peft_s_with_the_same_prefix(projection):
@@ -108,7 +121,9 @@ def test_outputs_equal_peft_s_with_the_same_prefix(projection):
     options = {"num_virtual_tokens": L, "prefix_projection": projection, "encoder_hidden_size": 16}
     theirs = get_peft_model(source, PrefixTuningConfig(task_type="CAUSAL_LM", **options)).eval()
     encoder = theirs.prompt_encoder["default"]
-    prefix = Prefix(LAYERS, H, D, L, "deep" if projection else "none", hidden=16, per_layer=False, dropout=0.0)
+    prefix = Prefix(
+        LAYERS, H, D, L, "deep" if projection else "none", hidden=16, per_layer=False, dropout=0.0
+    )
     prefix.p.data[0] = encoder.embedding.weight
     if projection:
         for ours, linear in zip(prefix.map[::2], encoder.transform[::2], strict=True):
@@ -137,9 +152,12 @@ def test_the_last_block_computes_the_asked_columns_alone(pair):
     _, model = pair
     shapes = []
     hooks = [
-        part.register_forward_hook(lambda _, x, y: shapes.append(y.shape)) for part in (b.mlp for b in model.blocks)
+        part.register_forward_hook(lambda _, x, y: shapes.append(y.shape))
+        for part in (b.mlp for b in model.blocks)
     ]
-    hooks.append(model.blocks[-1].attn.proj.register_forward_hook(lambda _, x, y: shapes.append(y.shape)))
+    hooks.append(
+        model.blocks[-1].attn.proj.register_forward_hook(lambda _, x, y: shapes.append(y.shape))
+    )
     model(torch.randint(V, (4, 20)), at=torch.randint(20, (4, 7)))
     assert shapes == [(4, 20, D), (4, 20, D), (4, 7, D), (4, 7, D)]
     for hook in hooks:
@@ -150,9 +168,15 @@ def test_padding_on_the_right_changes_nothing(pair):
     _, model = pair
     prefix, tokens = some_prefix(), torch.randint(V, (2, 20))
     padded = torch.cat([tokens[:, :13], torch.randint(V, (2, 7))], dim=1)
-    torch.testing.assert_close(model(padded, prefix)[:, :13], model(tokens, prefix)[:, :13], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(model(tokens[:, :13], prefix), model(tokens, prefix)[:, :13], atol=1e-4, rtol=1e-5)
-    assert not torch.allclose(model(padded, prefix)[:, 13:], model(tokens, prefix)[:, 13:], atol=1e-2)
+    torch.testing.assert_close(
+        model(padded, prefix)[:, :13], model(tokens, prefix)[:, :13], atol=1e-5, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        model(tokens[:, :13], prefix), model(tokens, prefix)[:, :13], atol=1e-4, rtol=1e-5
+    )
+    assert not torch.allclose(
+        model(padded, prefix)[:, 13:], model(tokens, prefix)[:, 13:], atol=1e-2
+    )
 
 
 def test_a_shallow_prefix_is_seen_in_the_first_layer_alone(pair):
@@ -160,15 +184,22 @@ def test_a_shallow_prefix_is_seen_in_the_first_layer_alone(pair):
     tokens, prefix = torch.randint(V, (2, 10)), some_prefix()
     triangle = torch.ones(10, 10, dtype=torch.bool).tril()
     x = model.wte(tokens) + model.wpe[L : L + 10]
-    x = model.blocks[0](x, prefix[0], torch.cat([torch.ones(10, L, dtype=torch.bool), triangle], dim=1))
+    x = model.blocks[0](
+        x, prefix[0], torch.cat([torch.ones(10, L, dtype=torch.bool), triangle], dim=1)
+    )
     x = model.blocks[2](model.blocks[1](x, None, triangle), None, triangle)
-    torch.testing.assert_close(model(tokens, prefix[:1]), model.norm(x) @ model.wte.weight.T, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        model(tokens, prefix[:1]), model.norm(x) @ model.wte.weight.T, atol=1e-4, rtol=0
+    )
     assert not torch.allclose(model(tokens, prefix), model(tokens, prefix[:1]), atol=1e-2)
 
 
 def test_a_prefix_per_text_equals_each_text_alone_with_its_prefix(pair):
     _, model = pair
-    tokens, prefix = torch.randint(V, (3, 10)), torch.stack([some_prefix() for _ in range(3)], dim=2)
+    tokens, prefix = (
+        torch.randint(V, (3, 10)),
+        torch.stack([some_prefix() for _ in range(3)], dim=2),
+    )
     alone = torch.cat([model(tokens[b : b + 1], prefix[:, :, b]) for b in range(3)])
     torch.testing.assert_close(model(tokens, prefix), alone, atol=1e-4, rtol=0)
     assert not torch.allclose(model(tokens, prefix[:, :, 0]), alone, atol=1e-2)
@@ -177,7 +208,9 @@ def test_a_prefix_per_text_equals_each_text_alone_with_its_prefix(pair):
 def test_every_share_makes_a_prefix_for_gpt_and_simple_share_treats_it_as_tokens(pair):
     _, model = pair
     for share in SHARE:
-        prefix = Prefix(LAYERS, H, D, L, share, hidden=16, per_layer=False, init_scale=model.prompt_scale).eval()
+        prefix = Prefix(
+            LAYERS, H, D, L, share, hidden=16, per_layer=False, init_scale=model.prefix_init_scale
+        ).eval()
         assert prefix(model).shape == (LAYERS, 2, H, L, D // H)
         if share == "simple":
             block = model.blocks[1]
@@ -187,16 +220,18 @@ def test_every_share_makes_a_prefix_for_gpt_and_simple_share_treats_it_as_tokens
 
 def test_gates_are_shown_when_asked_for_sum_to_one_and_change_nothing(pair):
     _, model = pair
-    tokens, prefix, gates = torch.randint(V, (4, 20)), some_prefix(), []
+    tokens, prefix, attn_weights = torch.randint(V, (4, 20)), some_prefix(), []
     at = torch.randint(20, (4, 7))
-    torch.testing.assert_close(model(tokens, prefix, at, gates), model(tokens, prefix, at), atol=1e-4, rtol=0)
-    assert [gate.shape for gate in gates] == [(4, H, 20, L + 20)] * 2 + [(4, H, 7, L + 20)]
-    for gate in gates:
+    torch.testing.assert_close(
+        model(tokens, prefix, at, attn_weights), model(tokens, prefix, at), atol=1e-4, rtol=0
+    )
+    assert [gate.shape for gate in attn_weights] == [(4, H, 20, L + 20)] * 2 + [(4, H, 7, L + 20)]
+    for gate in attn_weights:
         torch.testing.assert_close(gate.sum(-1), torch.ones(gate.shape[:-1]))
     later = torch.arange(20) > torch.arange(20)[:, None]
-    assert gates[0][..., L:][..., later].max() == 0  # nobody sees what comes after
-    assert gates[0][..., :L].min() > 0  # everybody sees the prefix
-    assert gates[0][..., L:][..., ~later].min() > 0
+    assert attn_weights[0][..., L:][..., later].max() == 0  # nobody sees what comes after
+    assert attn_weights[0][..., :L].min() > 0  # everybody sees the prefix
+    assert attn_weights[0][..., L:][..., ~later].min() > 0
 
 
 def test_bf16_is_close_even_where_all_logits_are_far_from_zero():
@@ -206,11 +241,17 @@ def test_bf16_is_close_even_where_all_logits_are_far_from_zero():
     assert exact.mean(-1).abs().max() > 50
     plain = copy.deepcopy(model)
     plain.wte.to(torch.bfloat16)
-    model.hold_in_bf16()
+    model.cast_frozen_weights()
     assert {p.dtype for p in model.blocks.parameters()} == {torch.bfloat16, torch.float32}
-    assert (model.wte.weight.dtype, model.wpe.dtype, model.norm.weight.dtype) == (torch.bfloat16, *[torch.float32] * 2)
+    assert (model.wte.weight.dtype, model.wpe.dtype, model.norm.weight.dtype) == (
+        torch.bfloat16,
+        *[torch.float32] * 2,
+    )
     with torch.autocast("cpu", torch.bfloat16):
-        errors = [m(tokens, prefix).float().log_softmax(-1) - exact.log_softmax(-1) for m in (model, plain)]
+        errors = [
+            m(tokens, prefix).float().log_softmax(-1) - exact.log_softmax(-1)
+            for m in (model, plain)
+        ]
     assert errors[0].std() < 0.01
     assert errors[1].std() > 0.1  # if wte is only cast
 
@@ -219,7 +260,11 @@ def test_torch_compile_finds_no_graph_break():
     model = same(random_gpt2(n_layer=2))
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
     for batch, count in ((2, 20), (3, 17)):
-        tokens, at, prefix = torch.randint(V, (batch, count)), torch.randint(count, (batch, 5)), some_prefix()[:2]
+        tokens, at, prefix = (
+            torch.randint(V, (batch, count)),
+            torch.randint(count, (batch, 5)),
+            some_prefix()[:2],
+        )
         torch.testing.assert_close(compiled(tokens, prefix, at), model(tokens, prefix, at))
 
 
@@ -230,7 +275,9 @@ def test_random_weights_are_drawn_as_gpt2_s():
     expected |= {"proj.weight": 0.02 / 4, "fc2.weight": 0.02 / 4, "bias": 0.0}
     for name, parameter in model.named_parameters():
         std = next((std for end, std in expected.items() if name.endswith(end)), None)
-        assert parameter.std().item() == pytest.approx(std or 0.0, rel=0.03), name  # norms: all ones
+        assert parameter.std().item() == pytest.approx(std or 0.0, rel=0.03), (
+            name
+        )  # norms: all ones
     with torch.device("meta"):
         assert sum(p.numel() for p in GPT(**module.HUB["gpt2"]).parameters()) == 124_439_808
 
@@ -239,7 +286,9 @@ def test_random_weights_are_drawn_as_gpt2_s():
 def test_a_saved_gpt2_loads_under_either_style_of_names(prefix, pair, tmp_path, monkeypatch):
     source, _ = pair
     source.save_pretrained(tmp_path)
-    state = {prefix + name: value.contiguous() for name, value in source.transformer.state_dict().items()}
+    state = {
+        prefix + name: value.contiguous() for name, value in source.transformer.state_dict().items()
+    }
     for i in range(LAYERS):  # as in the hub's files
         state[f"{prefix}h.{i}.attn.bias"] = torch.ones(64, 64).tril()[None, None]
         state[f"{prefix}h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
@@ -248,8 +297,14 @@ def test_a_saved_gpt2_loads_under_either_style_of_names(prefix, pair, tmp_path, 
     model = GPT.load(str(tmp_path))
     torch.testing.assert_close(model(tokens), source(tokens).logits, atol=1e-4, rtol=0)
     asked = []
-    monkeypatch.setattr(module, "HUB", {"gpt2": {"vocab": V, "context": 64, "dim": D, "n_layer": LAYERS, "n_head": H}})
-    monkeypatch.setattr(module, "hf_hub_download", lambda *a: asked.append(a) or str(tmp_path / "model.safetensors"))
+    monkeypatch.setattr(
+        module,
+        "HUB",
+        {"gpt2": {"vocab": V, "context": 64, "dim": D, "n_layer": LAYERS, "n_head": H}},
+    )
+    monkeypatch.setattr(
+        module, "hf_hub_download", lambda *a: asked.append(a) or str(tmp_path / "model.safetensors")
+    )
     torch.testing.assert_close(GPT.load("gpt2")(tokens), model(tokens), atol=0, rtol=0)
     assert asked == [("openai-community/gpt2", "model.safetensors")]
     assert not torch.allclose(GPT.load("gpt2", pretrained=False)(tokens), model(tokens), atol=1e-2)
@@ -263,7 +318,7 @@ def test_a_saved_gpt_loads_as_it_was_and_names_without_weights_are_known(pair, t
     loaded = GPT.load(str(path))
     assert loaded.sizes == model.sizes
     torch.testing.assert_close(loaded(tokens), model(tokens), atol=0, rtol=0)
-    assert GPT.load("scratch_gpt").reads == "bytes"
+    assert GPT.load("scratch_gpt").encoding == "bytes"
     assert GPT.load("scratch_gpt").sizes.items() >= module.TINY_GPT.items()
     loaded(tokens).sum().backward()  # and can be trained on
 

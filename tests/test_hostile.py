@@ -17,13 +17,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import data
-import sample
 import sweep
 import train
 from data import UsageError, load, title
-from support.download import obtain
-from support.options import Config, resolve
-from support.pixels import prepare
+from extras import sample
+from support.files import obtain
+from support.images import prepare
+from train import Config, resolve
 from vit import TINY
 
 # Archives.
@@ -71,7 +71,9 @@ def pack(path: Path, kind: str, hostile) -> None:
         return tar(path, member("images/a.jpg"), hostile)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("images/a.jpg", b"data")
-        archive.writestr(hostile, bytes(10**8) if "bomb" in kind else b"/etc/passwd", zipfile.ZIP_DEFLATED)
+        archive.writestr(
+            hostile, bytes(10**8) if "bomb" in kind else b"/etc/passwd", zipfile.ZIP_DEFLATED
+        )
 
 
 @pytest.mark.parametrize("kind", MEMBERS)
@@ -100,7 +102,9 @@ def test_an_archive_with_a_password_or_with_two_files_in_one_place_is_one_senten
     (tmp_path / "a.zip").write_bytes(raw)
     with pytest.raises(UsageError, match=r"is damaged .*password"):
         obtain(tmp_path / "out", tmp_path / "a.zip", [], None)
-    tar(tmp_path / "b.tgz", member("images"), member("images/a.jpg"))  # a file that is to be a folder
+    tar(
+        tmp_path / "b.tgz", member("images"), member("images/a.jpg")
+    )  # a file that is to be a folder
     with pytest.raises(UsageError, match="cannot be written"):
         obtain(tmp_path / "out", tmp_path / "b.tgz", [], None)
     assert not (tmp_path / "out").exists()
@@ -108,7 +112,11 @@ def test_an_archive_with_a_password_or_with_two_files_in_one_place_is_one_senten
 
 @pytest.mark.parametrize("name", ["a.tgz", "a.zip"])
 def test_an_archive_with_changed_bytes_is_refused_in_one_sentence_or_unpacked(name, tmp_path):
-    pack(tmp_path / name, "tar" if name == "a.tgz" else "zip", member("b") if name == "a.tgz" else in_zip("b"))
+    pack(
+        tmp_path / name,
+        "tar" if name == "a.tgz" else "zip",
+        member("b") if name == "a.tgz" else in_zip("b"),
+    )
     content, refused = (tmp_path / name).read_bytes(), 0
     for seed in range(60):
         changed, rng = bytearray(content), np.random.default_rng(seed)
@@ -129,8 +137,14 @@ def test_an_archive_with_changed_bytes_is_refused_in_one_sentence_or_unpacked(na
 def png_bomb(path: Path, width: int, height: int) -> None:
     """A few kB that say they are a picture of width x height grey pixels, and are."""
     rows = zlib.compress(bytes(height * (width // 8 + 1)), 9)
-    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b""))
-    raw = b"".join(struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks)
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)),
+        (b"IDAT", rows),
+        (b"IEND", b""),
+    )
+    raw = b"".join(
+        struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks
+    )
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + raw)
 
 
@@ -179,14 +193,19 @@ def test_a_pickle_where_weights_are_expected_is_refused_and_not_run(name, tmp_pa
     (tmp_path / name).write_bytes(pickle.dumps({"cls": Payload(ran)}))
     assert train.main(["--backbone", str(tmp_path / name), "--out", str(tmp_path / "run")]) == 2
     assert name in capsys.readouterr().err
-    np.savez(tmp_path / "b.npz", **{"cls": np.array([Payload(ran)], dtype=object), "embedding/kernel": np.zeros(3)})
+    np.savez(
+        tmp_path / "b.npz",
+        **{"cls": np.array([Payload(ran)], dtype=object), "embedding/kernel": np.zeros(3)},
+    )
     assert train.main(["--backbone", str(tmp_path / "b.npz"), "--out", str(tmp_path / "run")]) == 2
     assert not ran.exists()
     pickle.loads((tmp_path / name).read_bytes())
     assert ran.exists()  # so it would have run
 
 
-def test_a_pickle_in_the_place_of_a_checkpoint_or_an_asset_is_refused_and_not_run(tmp_path, capsys, monkeypatch):
+def test_a_pickle_in_the_place_of_a_checkpoint_or_an_asset_is_refused_and_not_run(
+    tmp_path, capsys, monkeypatch
+):
     ran, out = tmp_path / "ran", tmp_path / "run"
     out.mkdir()
     config = resolve(Config(out=str(out), device="cpu"))
@@ -195,7 +214,10 @@ def test_a_pickle_in_the_place_of_a_checkpoint_or_an_asset_is_refused_and_not_ru
     assert train.main(["--out", str(out), "--device", "cpu"]) == 2
     assert "cannot be resumed" in capsys.readouterr().err
     monkeypatch.setattr(data, "ASSETS", tmp_path)
-    for content in (np.array([Payload(ran)], dtype=object), np.array({"images": Payload(ran)}, dtype=object)):
+    for content in (
+        np.array([Payload(ran)], dtype=object),
+        np.array({"images": Payload(ran)}, dtype=object),
+    ):
         np.savez(tmp_path / "digits.npz", images=content, labels=content)
         assert train.main(["--out", str(tmp_path / "other")]) == 2
         assert "digits.npz is damaged" in capsys.readouterr().err
@@ -223,11 +245,20 @@ LIES = {  # what a header says of a file with two numbers in it, or of a model t
 
 @pytest.mark.parametrize("kind", LIES)
 def test_a_safetensors_header_that_lies_is_refused_in_one_sentence(kind, tmp_path, capsys):
-    header = LIES[kind] if isinstance(LIES[kind], dict) else {"__metadata__": {"vit": LIES[kind]}, "a": F32}
+    header = (
+        LIES[kind]
+        if isinstance(LIES[kind], dict)
+        else {"__metadata__": {"vit": LIES[kind]}, "a": F32}
+    )
     raw = json.dumps(header).encode()
     for length in (len(raw), 2**63):  # the second lies about its own length as well
         (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", length) + raw + bytes(8))
-        assert train.main(["--backbone", str(tmp_path / "a.safetensors"), "--out", str(tmp_path / "run")]) == 2
+        assert (
+            train.main(
+                ["--backbone", str(tmp_path / "a.safetensors"), "--out", str(tmp_path / "run")]
+            )
+            == 2
+        )
         error = capsys.readouterr().err
         assert error.startswith("error: the backbone ")
         assert error.count("\n") == 1
@@ -235,8 +266,16 @@ def test_a_safetensors_header_that_lies_is_refused_in_one_sentence(kind, tmp_pat
 
 
 def test_a_run_of_another_version_or_with_facts_that_are_none_is_one_sentence(tmp_path, capsys):
-    facts = {"config": {"task": "digits", "unheard_of": 1}, "fingerprint": "", "classes": [], "history": []}
-    for strings in ({name: json.dumps(value) for name, value in facts.items()}, dict.fromkeys(facts, "[" * 10**5)):
+    facts = {
+        "config": {"task": "digits", "unheard_of": 1},
+        "fingerprint": "",
+        "classes": [],
+        "history": [],
+    }
+    for strings in (
+        {name: json.dumps(value) for name, value in facts.items()},
+        dict.fromkeys(facts, "[" * 10**5),
+    ):
         save_file({"a": torch.zeros(1)}, tmp_path / "prefix.safetensors", strings)
         assert sample.main([str(tmp_path), "a.png"]) == 2
         error = capsys.readouterr().err
@@ -254,7 +293,9 @@ def own(folder: Path, count: int = 12) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/../../secret.png", "a/\0.png", "\ud800.png"])
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "/etc/passwd", "a/../../secret.png", "a/\0.png", "\ud800.png"]
+)
 def test_a_split_that_names_a_file_outside_its_folder_is_refused(name, tmp_path):
     folder = own(tmp_path / "mine")
     Image.new("RGB", (20, 20)).save(tmp_path / "secret.png")
@@ -296,7 +337,10 @@ def test_a_list_of_vtab_that_leads_out_of_its_folder_or_has_changed_is_refused(t
         (base / f"{name}.txt").write_text("a.png 1\n" * rows)
     assert load("kitti", tmp_path / "data", 16).count("test") == 3
     (base / "test.txt").write_text("a.png 1\na.png 1\na.png 2\n")  # a digit was turned
-    with pytest.raises(UsageError, match=r"test\.txt has sha256 .*damaged, or another file; delete it, or .*\.sha256"):
+    with pytest.raises(
+        UsageError,
+        match=r"test\.txt has sha256 .*damaged, or another file; delete it, or .*\.sha256",
+    ):
         load("kitti", tmp_path / "data", 16)
     (tmp_path / "data" / "cache" / "kitti-test.txt.sha256").unlink()
     (base / "test.txt").write_text("../../../secret.png 1\n")
@@ -306,7 +350,9 @@ def test_a_list_of_vtab_that_leads_out_of_its_folder_or_has_changed_is_refused(t
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", "../../etc/passwd"])
-def test_a_task_with_path_separators_is_no_task_and_leads_nowhere(name, tmp_path, capsys, monkeypatch):
+def test_a_task_with_path_separators_is_no_task_and_leads_nowhere(
+    name, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(own(tmp_path / "work" / "here"))
     for script, option in ((train, "--task"), (sweep, "--tasks")):
         assert script.main([option, name, "--backbone", "nowhere.npz"]) == 2
@@ -317,17 +363,39 @@ def test_a_task_with_path_separators_is_no_task_and_leads_nowhere(name, tmp_path
     assert [path.name for path in Path().iterdir()] == ["a"]
 
 
-def test_a_folder_beside_or_above_this_one_gets_its_results_in_out_and_nowhere_else(tmp_path, monkeypatch):
+def test_a_folder_beside_or_above_this_one_gets_its_results_in_out_and_nowhere_else(
+    tmp_path, monkeypatch
+):
     own(tmp_path / "mine")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     before = {path.relative_to(tmp_path) for path in (tmp_path / "mine").rglob("*")}
-    words = ["--backbone", "scratch", "--epochs", "1", "--length", "2", "--device", "cpu", "--lr", "1", "--wd", "0"]
+    words = [
+        "--backbone",
+        "scratch",
+        "--epochs",
+        "1",
+        "--length",
+        "2",
+        "--device",
+        "cpu",
+        "--lr",
+        "1",
+        "--wd",
+        "0",
+    ]
     codes = []
     for task in ("../mine", str(tmp_path / "mine"), "../here/../mine"):
         codes.append(train.main(["--task", task, *words]))
         codes.append(sweep.main(["--tasks", task, *words, "--seed", "1", "--methods", "probe"]))
-    assert codes == [0, 0, 2, 2, 2, 2]  # a run of another task, as it is called otherwise, has that folder already
+    assert codes == [
+        0,
+        0,
+        2,
+        2,
+        2,
+        2,
+    ]  # a run of another task, as it is called otherwise, has that folder already
     assert {path.name for path in Path().iterdir()} == {"out", "data"}
     assert {path.name for path in Path("out").iterdir()} == {"mine", "sweep"}
     assert {path.relative_to(tmp_path) for path in (tmp_path / "mine").rglob("*")} == before

@@ -11,16 +11,31 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-import sample
 from data import load
+from extras import sample
+from extras.explain import gates_of
 from gpt import GPT
-from support import restaurants
-from support.explain import gates_of
-from support.options import Config, resolve
-from support.text import Pair, Template, Text, encoding
-from train import Tuned, evaluate, learning_rate, load_backbone, main, make_optimizer, text_loss, train
+from support import language
+from support.corpora import Pair, Template, Text, encoding
+from train import (
+    Config,
+    TunedModel,
+    evaluate,
+    learning_rate,
+    load_backbone,
+    main,
+    make_optimizer,
+    resolve,
+    text_loss,
+    train,
+)
 
-SOURCES = ["name : Zizzi | food : Thai", "name : Aromi | area : river", "name : Café É", "near : Bibimbap"]
+SOURCES = [
+    "name : Zizzi | food : Thai",
+    "name : Aromi | area : river",
+    "name : Café É",
+    "near : Bibimbap",
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +60,25 @@ def config(backbone, tmp_path) -> Config:
     ]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = {"length": 4, "lr": 0.01, "epochs": 3, "batch": 4, "share": "deep", "beams": 2, "device": "cpu"}
+    words = {
+        "length": 4,
+        "lr": 0.01,
+        "epochs": 3,
+        "batch": 4,
+        "share": "deep",
+        "beams": 2,
+        "device": "cpu",
+    }
     return resolve(Config(task=str(path), backbone=backbone, out=str(tmp_path / "run"), **words))
 
 
 def test_the_loss_is_the_sum_over_a_text_s_targets_and_its_mean_over_texts(config):
-    gpt, data = load_backbone(config), load(config.task, reads="bytes")
-    model = Tuned(config, gpt, 0)
-    experts = model.experts(gpt)
+    gpt, data = load_backbone(config), load(config.task, encoding="bytes")
+    model = TunedModel(config, gpt, 0)
+    prefix_kv = model.prefix_kv(gpt)
     for tokens, at, labels in data.batches("train", 4, seed=0):
         loss, count = text_loss(model, gpt, False, tokens, at, labels)
-        logits = gpt(tokens, experts)  # (B, T, V)
+        logits = gpt(tokens, prefix_kv)  # (B, T, V)
         by_hand = [
             -F.log_softmax(logits[b, column], -1)[label]
             for b in range(len(tokens))
@@ -67,20 +90,26 @@ def test_the_loss_is_the_sum_over_a_text_s_targets_and_its_mean_over_texts(confi
 
 
 def test_neither_labels_of_the_source_nor_padding_have_any_effect(config):
-    gpt, data = load_backbone(config), load(config.task, reads="bytes")
-    model = Tuned(config, gpt, 0)
+    gpt, data = load_backbone(config), load(config.task, encoding="bytes")
+    model = TunedModel(config, gpt, 0)
     batches = list(data.batches("train", 4, seed=0))
-    tokens, at, labels = max(batches, key=lambda batch: (batch[2] < 0).sum())  # the one with most padding
+    tokens, at, labels = max(
+        batches, key=lambda batch: (batch[2] < 0).sum()
+    )  # the one with most padding
     loss, _ = text_loss(model, gpt, False, tokens, at, labels)
     ends = (at.amax(1, keepdim=True) + 1).expand_as(tokens)  # (B, T): where a text's padding begins
     padding = torch.arange(tokens.shape[1]) >= ends
     assert padding.any()
     changed = tokens.masked_fill(padding, 65)
-    torch.testing.assert_close(text_loss(model, gpt, False, changed, at, labels)[0], loss, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        text_loss(model, gpt, False, changed, at, labels)[0], loss, atol=1e-6, rtol=1e-6
+    )
     wider = F.pad(tokens, (0, 7), value=66), F.pad(at, (0, 3)), F.pad(labels, (0, 3), value=-100)
     torch.testing.assert_close(text_loss(model, gpt, False, *wider)[0], loss, atol=1e-5, rtol=1e-6)
     targets = torch.zeros_like(tokens, dtype=torch.bool)
-    targets[torch.arange(len(at)).unsqueeze(1).expand_as(at)[labels >= 0], at[labels >= 0] + 0] = True
+    targets[torch.arange(len(at)).unsqueeze(1).expand_as(at)[labels >= 0], at[labels >= 0] + 0] = (
+        True
+    )
     assert not targets[:, 0].any()  # no label asks for what the source says
     source = tokens.clone()
     source[:, 1] = 67  # to change what the source *says* does change the loss
@@ -88,14 +117,18 @@ def test_neither_labels_of_the_source_nor_padding_have_any_effect(config):
 
 
 def test_a_step_is_adamw_with_a_linear_decay_and_a_gradient_of_norm_one_at_most(config):
-    assert [learning_rate(config, step, 4) for step in range(4)] == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
-    gpt, data = load_backbone(config), load(config.task, reads="bytes")
+    assert [learning_rate(config, step, 4) for step in range(4)] == pytest.approx(
+        [0.01, 0.0075, 0.005, 0.0025]
+    )
+    gpt, data = load_backbone(config), load(config.task, encoding="bytes")
     config = replace(config, epochs=1)
     result = train(config, gpt, data)
     torch.manual_seed(config.seed)
-    model = Tuned(config, gpt, 0)
+    model = TunedModel(config, gpt, 0)
     assert isinstance(make_optimizer(config, model), torch.optim.AdamW)
-    first, second = ({n: torch.zeros_like(p) for n, p in model.named_parameters()} for _ in range(2))
+    first, second = (
+        {n: torch.zeros_like(p) for n, p in model.named_parameters()} for _ in range(2)
+    )
     steps = math.ceil(data.count("train") / 4)
     clipped = 0
     for t, batch in enumerate(data.batches("train", 4, config.seed, 0), 1):
@@ -111,26 +144,30 @@ def test_a_step_is_adamw_with_a_linear_decay_and_a_gradient_of_norm_one_at_most(
             p.data -= 0.01 * (1 - (t - 1) / steps) * step  # weight decay is 0
     assert clipped > 0
     for name, p in model.named_parameters():
-        torch.testing.assert_close(dict(result.model.named_parameters())[name], p, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(
+            dict(result.model.named_parameters())[name], p, atol=1e-4, rtol=1e-3
+        )
 
 
 def test_the_validation_loss_is_that_of_one_token_and_its_exponential_is_the_perplexity(config):
-    gpt, data = load_backbone(config), load(config.task, reads="bytes")
+    gpt, data = load_backbone(config), load(config.task, encoding="bytes")
     result = train(config, gpt, data)
     total, count = 0.0, 0
-    experts = result.prefix(gpt)
+    prefix_kv = result.prefix(gpt)
     for tokens, at, labels in data.batches("val", 1):
-        logits = gpt(tokens, experts, at)[0]
+        logits = gpt(tokens, prefix_kv, at)[0]
         total += F.cross_entropy(logits, labels[0], reduction="sum").item()
         count += len(labels[0])
-    assert evaluate(config, result.model, gpt, data, "val") == pytest.approx(total / count, rel=1e-5)
+    assert evaluate(config, result.model, gpt, data, "val") == pytest.approx(
+        total / count, rel=1e-5
+    )
     assert result.metrics["val loss"] == pytest.approx(total / count, rel=1e-5)
     assert result.metrics["val perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
     assert result.history[0]["val loss"] > result.metrics["val loss"]  # it learns
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped_and_leaves_the_same_texts(config, tmp_path):
-    gpt, data = load_backbone(config), load(config.task, reads="bytes")
+    gpt, data = load_backbone(config), load(config.task, encoding="bytes")
     whole = train(config, gpt, data)
     parts = replace(config, out=str(tmp_path / "parts"))
     assert train(parts, gpt, data, stop=2).status == "running"
@@ -140,20 +177,33 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped_and_leaves_the_same_text
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
 
 
-def test_the_test_set_is_written_once_per_source_with_its_references_and_scored(config, tmp_path, capsys):
+def test_the_test_set_is_written_once_per_source_with_its_references_and_scored(
+    config, tmp_path, capsys
+):
     words = [
-        f"--{k.replace('_', '-')}={v}" for k, v in vars(config).items() if k not in ("final", "shallow", "compile")
+        f"--{k.replace('_', '-')}={v}"
+        for k, v in vars(config).items()
+        if k not in ("final", "shallow", "compile")
     ]
     assert main(words) == 0
     assert "BLEU" in capsys.readouterr().out
-    rows = [json.loads(line) for line in (tmp_path / "run" / "generated.jsonl").read_text().splitlines()]
-    data = load(config.task, reads="bytes")
-    assert {row["source"]: row["references"] for row in rows} == {p.source: p.references for p in data.splits["test"]}
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "generated.jsonl").read_text().splitlines()
+    ]
+    data = load(config.task, encoding="bytes")
+    assert {row["source"]: row["references"] for row in rows} == {
+        p.source: p.references for p in data.splits["test"]
+    }
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"BLEU", "TER", "NIST", "ROUGE-L", "CIDEr", "status"} <= metrics.keys()
     assert (tmp_path / "run" / "curve.png").stat().st_size > 1000
     # and the run can be used: the same sources get the same texts
-    assert sample.main([str(tmp_path / "run"), rows[0]["source"], rows[1]["source"], "--beams", "2", "--json"]) == 0
+    assert (
+        sample.main(
+            [str(tmp_path / "run"), rows[0]["source"], rows[1]["source"], "--beams", "2", "--json"]
+        )
+        == 0
+    )
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["text"] for line in said] == [row["output"] for row in rows[:2]]
     (tmp_path / "sources.txt").write_text(f"{rows[0]['source']}\n")
@@ -162,13 +212,15 @@ def test_the_test_set_is_written_once_per_source_with_its_references_and_scored(
 
 
 def test_the_shares_of_prefix_and_tokens_sum_to_one_in_a_gpt_too(config):
-    gpt, data = load_backbone(config), load(config.task, reads="bytes")
+    gpt, data = load_backbone(config), load(config.task, encoding="bytes")
     train(config, gpt, data)
     run = sample.open_run(Path(config.out), sample.Options())
-    gates = gates_of(run.backbone, torch.arange(9)[None], run.experts)
-    for gate in gates:  # (1, H, T, L + T)
+    attn_weights = gates_of(run.backbone, torch.arange(9)[None], run.prefix_kv)
+    for gate in attn_weights:  # (1, H, T, L + T)
         assert gate.shape[-1] == 4 + 9
-        torch.testing.assert_close(gate[..., :4].sum(-1) + gate[..., 4:].sum(-1), torch.ones(gate.shape[:-1]))
+        torch.testing.assert_close(
+            gate[..., :4].sum(-1) + gate[..., 4:].sum(-1), torch.ones(gate.shape[:-1])
+        )
         assert (gate[0, 0, :, 4:].triu(1) == 0).all()  # and nothing sees what comes after it
 
 
@@ -188,17 +240,23 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(words, sentence, config, ca
     assert sentence in error
 
 
-def test_a_task_with_a_text_that_is_too_long_is_refused_before_it_is_trained(config, tmp_path, capsys):
+def test_a_task_with_a_text_that_is_too_long_is_refused_before_it_is_trained(
+    config, tmp_path, capsys
+):
     path = Path(config.task)
-    path.write_text(path.read_text() + json.dumps({"source": "x" * 200, "target": "It is long."}) + "\n")
+    path.write_text(
+        path.read_text() + json.dumps({"source": "x" * 200, "target": "It is long."}) + "\n"
+    )
     words = [f"--task={path}", f"--backbone={config.backbone}", f"--out={config.out}", "--length=4"]
     assert main(words) == 2
-    assert "needs 302 of 252 positions; shorten 'xxxx" in capsys.readouterr().err  # 200, two spaces, bos, 100 - 1
+    assert (
+        "needs 302 of 252 positions; shorten 'xxxx" in capsys.readouterr().err
+    )  # 200, two spaces, bos, 100 - 1
     assert not Path(config.out).exists()
 
 
 def test_a_source_that_is_too_long_and_a_missing_source_are_one_sentence(config, capsys, tmp_path):
-    train(config, load_backbone(config), load(config.task, reads="bytes"))
+    train(config, load_backbone(config), load(config.task, encoding="bytes"))
     capsys.readouterr()
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n')
     for words, sentence in {
@@ -217,19 +275,37 @@ def test_a_source_that_is_too_long_and_a_missing_source_are_one_sentence(config,
 @pytest.mark.parametrize(("share", "lr"), [("deep", 0.004), ("none", 0.05)])
 def test_a_prefix_alone_makes_the_shipped_gpt_repeat_32_texts_exactly(share, lr, tmp_path):
     rng, foods = random.Random(1), ("Italian", "Indian", "Thai", "French")
-    names = sorted({restaurants.name(rng) for _ in range(60)})[:32]
+    names = sorted({language.name(rng) for _ in range(60)})[:32]
     rows = [
-        {"source": f"restaurant : {name} | food : {foods[i % 4]}", "target": f"{name} serves {foods[i % 4]} food."}
+        {
+            "source": f"restaurant : {name} | food : {foods[i % 4]}",
+            "target": f"{name} serves {foods[i % 4]} food.",
+        }
         for i, name in enumerate(names)
     ]
     assert len(rows) == 32
     pairs = [Pair(row["source"], [row["target"]]) for row in rows]
-    data = Text("32 texts", encoding("bytes"), Template(longest=40), {"train": pairs, "val": pairs[:2], "test": pairs})
-    words = {"share": share, "lr": lr, "length": 10, "epochs": 100, "batch": 16, "beams": 1, "device": "cpu"}
+    data = Text(
+        "32 texts",
+        encoding("bytes"),
+        Template(longest=40),
+        {"train": pairs, "val": pairs[:2], "test": pairs},
+    )
+    words = {
+        "share": share,
+        "lr": lr,
+        "length": 10,
+        "epochs": 100,
+        "batch": 16,
+        "beams": 1,
+        "device": "cpu",
+    }
     config = resolve(Config(task="restaurants", out=str(tmp_path), **words))
     gpt = load_backbone(config)
     result = train(config, gpt, data)
     written = [json.loads(line) for line in (tmp_path / "generated.jsonl").read_text().splitlines()]
-    assert {row["source"]: row["output"] for row in written} == {row["source"]: row["target"] for row in rows}
+    assert {row["source"]: row["output"] for row in written} == {
+        row["source"]: row["target"] for row in rows
+    }
     assert result.history[0]["loss"] > 0.5  # it could not before
     assert all(parameter.grad is None for parameter in gpt.parameters())

@@ -16,17 +16,18 @@ from test_pixels import many
 
 import train as train_module
 from data import UsageError
-from support.options import Config, resolve
-from support.pixels import prepare
-from support.worker import Worker
-from train import main, train
+from support.images import prepare
+from sweep import Worker
+from train import Config, main, resolve, train
 from vit import ViT
 
 QUICK = {"fraction": 0.05, "epochs": 3, "length": 2, "lr": 1.0, "wd": 0.001, "device": "cpu"}
 
 
 def left(folder: str | Path) -> tuple[list[str], bytes]:
-    return sorted(path.name for path in Path(folder).iterdir()), (Path(folder) / "metrics.jsonl").read_bytes()
+    return sorted(path.name for path in Path(folder).iterdir()), (
+        Path(folder) / "metrics.jsonl"
+    ).read_bytes()
 
 
 def test_a_run_that_is_stopped_after_any_epoch_ends_as_an_unbroken_one(frozen, digits16, tmp_path):
@@ -53,7 +54,9 @@ def test_a_backbone_with_a_nan_is_refused_by_the_name_of_its_weights(small, tmp_
     vit = ViT.from_file(small)
     vit.blocks[1].mlp.fc1.weight.data[3, 4] = torch.nan
     save_file(vit.state_dict(), tmp_path / "nan.safetensors", {"vit": json.dumps(vit.sizes)})
-    assert main(["--backbone", str(tmp_path / "nan.safetensors"), "--out", str(tmp_path / "run")]) == 2
+    assert (
+        main(["--backbone", str(tmp_path / "nan.safetensors"), "--out", str(tmp_path / "run")]) == 2
+    )
     assert "blocks.1.mlp.fc1.weight holds NaN" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -65,7 +68,9 @@ def test_an_image_with_a_nan_is_refused_by_its_name(tmp_path):
         prepare(tmp_path / "cache", "t", tmp_path / "images", [("a.tiff", 0)], 16)
 
 
-def test_a_nan_in_one_batch_ends_its_run_as_diverged_and_no_other(frozen, digits16, tmp_path, monkeypatch):
+def test_a_nan_in_one_batch_ends_its_run_as_diverged_and_no_other(
+    frozen, digits16, tmp_path, monkeypatch
+):
     original, steps = train_module.image_loss, iter(range(10**6))
 
     def poisoned(*words, **named):
@@ -81,13 +86,21 @@ def test_a_nan_in_one_batch_ends_its_run_as_diverged_and_no_other(frozen, digits
     assert train(replace(config, out=str(tmp_path / "sound")), frozen, digits16).status == "done"
 
 
-def test_weights_that_the_very_last_step_made_nan_are_not_judged_by_an_accuracy(small, frozen, digits16, tmp_path):
-    config = resolve(Config(**QUICK | {"epochs": 1, "lr": 3e38}, backbone=small, out=str(tmp_path / "run")))
-    result = train(config, frozen, digits16)  # 50 images, one step: its loss is finite, what it leaves is not
+def test_weights_that_the_very_last_step_made_nan_are_not_judged_by_an_accuracy(
+    small, frozen, digits16, tmp_path
+):
+    config = resolve(
+        Config(**QUICK | {"epochs": 1, "lr": 3e38}, backbone=small, out=str(tmp_path / "run"))
+    )
+    result = train(
+        config, frozen, digits16
+    )  # 50 images, one step: its loss is finite, what it leaves is not
     assert "loss" in result.history[0]
     assert (result.status, "test" in result.metrics) == ("diverged", False)
     assert not (tmp_path / "run" / "prefix.safetensors").exists()
-    stage = Worker(1).run(replace(config, epochs=2, out=str(tmp_path / "stage"), final=False), stop=1)
+    stage = Worker(1).run(
+        replace(config, epochs=2, out=str(tmp_path / "stage"), final=False), stop=1
+    )
     assert (stage["status"], "val" in stage) == ("diverged", False)  # a stage of successive halving
 
 

@@ -21,8 +21,17 @@ from torchvision.transforms import functional
 
 import train
 from data import UsageError, load
-from support import pixels
-from support.pixels import IMAGENET_MEAN, IMAGENET_STD, Dataset, Split, crop, normalise, prepare, stratified
+from support import images as module
+from support.images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Dataset,
+    Split,
+    crop,
+    normalise,
+    prepare,
+    stratified,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,7 +50,9 @@ def odd_images(folder: Path) -> list[tuple[str, int]]:
     picture(256, 256).save(folder / "exact.jpg")
     picture(320, 280).convert("L").save(folder / "grey.jpg")
     picture(320, 280).convert("CMYK").save(folder / "cmyk.jpg")
-    Image.fromarray(np.arange(300 * 270, dtype=np.uint16).reshape(270, 300)).save(folder / "deep.png")
+    Image.fromarray(np.arange(300 * 270, dtype=np.uint16).reshape(270, 300)).save(
+        folder / "deep.png"
+    )
     picture(300, 270).convert("P").save(folder / "palette.png", transparency=0)
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees: torchvision's loader does not
@@ -52,7 +63,9 @@ def odd_images(folder: Path) -> list[tuple[str, int]]:
 def test_training_pixels_equal_torchvision_s_pipeline_bit_for_bit(tmp_path):
     files = odd_images(tmp_path / "images")
     split = prepare(tmp_path, "odd", tmp_path / "images", files, 256)
-    to_float = transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    to_float = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    )
     flips, out = set(), np.empty((224, 224, 3), np.uint8)
     for turn in range(3):
         for i, (name, _) in enumerate(files):
@@ -75,7 +88,14 @@ def test_test_pixels_equal_torchvision_s_pipeline_bit_for_bit(tmp_path):
         ((224, 224), False, 224, [transforms.Resize((224, 224))]),  # VTAB-1K
     ):
         split = prepare(tmp_path, "odd", tmp_path / "images", files, rule)
-        data = Dataset("odd", [""] * len(files), size, augment, "train", {"train": split, "val": split, "test": split})
+        data = Dataset(
+            "odd",
+            [""] * len(files),
+            size,
+            augment,
+            "train",
+            {"train": split, "val": split, "test": split},
+        )
         pipeline = transforms.Compose(
             [*theirs, transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
         )
@@ -85,8 +105,12 @@ def test_test_pixels_equal_torchvision_s_pipeline_bit_for_bit(tmp_path):
 
 
 def test_an_epoch_holds_every_image_once_in_an_order_of_its_own():
-    images = np.arange(20, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2).repeat(3, 3)
-    data = Dataset("t", list("ab"), 4, False, "train", {"train": Split.of(images, np.arange(20) % 2)})
+    images = (
+        np.arange(20, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2).repeat(3, 3)
+    )
+    data = Dataset(
+        "t", list("ab"), 4, False, "train", {"train": Split.of(images, np.arange(20) % 2)}
+    )
 
     def order(seed, epoch):
         batches = list(data.batches("train", 6, seed, epoch))
@@ -123,7 +147,10 @@ def test_two_processes_at_once_decode_once_and_hold_the_same_pixels(tmp_path):
     files = many(tmp_path / "images", 150)
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     pair = [
-        context.Process(target=prepare, args=(tmp_path / "cache", "t", tmp_path / "images", files, 64)) for _ in "ab"
+        context.Process(
+            target=prepare, args=(tmp_path / "cache", "t", tmp_path / "images", files, 64)
+        )
+        for _ in "ab"
     ]
     for process in pair:
         process.start()
@@ -142,7 +169,7 @@ def test_two_processes_at_once_decode_once_and_hold_the_same_pixels(tmp_path):
 def test_a_kill_while_decoding_leaves_nothing_that_is_taken_for_whole(tmp_path):
     files = many(tmp_path / "images")
     code = (
-        f"from pathlib import Path; from support.pixels import prepare; base = Path({str(tmp_path / 'images')!r})\n"
+        f"from pathlib import Path; from support.images import prepare; base = Path({str(tmp_path / 'images')!r})\n"
         f"prepare(Path({str(tmp_path / 'cache')!r}), 't', base, {files!r}, 256)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
@@ -165,7 +192,9 @@ def test_a_truncated_cache_a_missing_and_an_unreadable_image_are_named(tmp_path)
         prepare(tmp_path / "cache", "t", tmp_path / "images", files, 32)
     with pytest.raises(UsageError, match=re.escape("gone.jpg belongs to t but cannot be had")):
         prepare(tmp_path / "cache", "t", tmp_path / "images", [*files, ("gone.jpg", 0)], 32)
-    (tmp_path / "images" / "broken.jpg").write_bytes((tmp_path / "images" / "exact.jpg").read_bytes()[:300])
+    (tmp_path / "images" / "broken.jpg").write_bytes(
+        (tmp_path / "images" / "exact.jpg").read_bytes()[:300]
+    )
     with pytest.raises(UsageError, match=re.escape("broken.jpg cannot be read as an image")):
         prepare(tmp_path / "cache", "t", tmp_path / "images", [*files, ("broken.jpg", 0)], 32)
     assert not list((tmp_path / "cache").glob(".*.part"))
@@ -173,7 +202,9 @@ def test_a_truncated_cache_a_missing_and_an_unreadable_image_are_named(tmp_path)
 
 def test_a_full_disk_while_decoding_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
     files = odd_images(tmp_path / "images")
-    monkeypatch.setattr(pixels, "need", lambda size, folder: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(
+        module, "need", lambda size, folder: (_ for _ in ()).throw(OSError(28, "No space left"))
+    )
     with pytest.raises(UsageError, match=r"cannot be written \(No space left\)"):
         prepare(tmp_path / "cache", "t", tmp_path / "images", files, 32)
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
@@ -183,7 +214,7 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from support.pixels import Dataset, Split
+from support.images import Dataset, Split
 split = Split.open(Path(sys.argv[1]))
 data = Dataset("t", ["a"], 224, True, "train", {"train": split})
 def resident():
@@ -195,7 +226,9 @@ print(len(split.pixels), most - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc"
+)
 def test_an_epoch_does_not_load_the_cache_into_memory(tmp_path):
     n, side = 4000, 256  # 786 MB in a file with holes, which takes no disk
     path = tmp_path / "t.pixels"
@@ -207,7 +240,11 @@ def test_an_epoch_does_not_load_the_cache_into_memory(tmp_path):
         file.seek(0, 2)
         file.write(index.tobytes() + np.array([crc32(index), n]).tobytes())
     ran = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEMORY, str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     size, grown = map(int, ran.stdout.split())
     assert size == n * side * side * 3
@@ -220,17 +257,33 @@ def test_the_user_s_own_folders_are_split_or_taken_as_they_are(tmp_path):
         for i in range(20):
             picture(40, 40, i).save(tmp_path / "mine" / c / f"{i}.jpg")
     data = load(str(tmp_path / "mine"), tmp_path / "data", 32)
-    assert {name: len(split) for name, split in data.splits.items()} == {"train": 32, "val": 4, "test": 4}
-    assert all(np.bincount(split.index[:, 3]).tolist() == [len(split) // 2] * 2 for split in data.splits.values())
+    assert {name: len(split) for name, split in data.splits.items()} == {
+        "train": 32,
+        "val": 4,
+        "test": 4,
+    }
+    assert all(
+        np.bincount(split.index[:, 3]).tolist() == [len(split) // 2] * 2
+        for split in data.splits.values()
+    )
     assert load(str(tmp_path / "mine"), tmp_path / "data", 32).listing == data.listing
     words = ["--backbone", "scratch", "--epochs", "1", "--length", "2", "--device", "cpu"]
-    words += ["--task", str(tmp_path / "mine"), "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    words += [
+        "--task",
+        str(tmp_path / "mine"),
+        "--data-dir",
+        str(tmp_path / "data"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert train.main(words) == 0
     kept = json.loads((tmp_path / "out" / "split.json").read_text())
     assert kept == data.listing
     kept["val"], kept["test"] = kept["test"], kept["val"]  # a split.json in the folder is obeyed
     (tmp_path / "mine" / "split.json").write_text(json.dumps(kept))
-    assert load(str(tmp_path / "mine"), tmp_path / "data", 32).listing["val"] == data.listing["test"]
+    assert (
+        load(str(tmp_path / "mine"), tmp_path / "data", 32).listing["val"] == data.listing["test"]
+    )
     (tmp_path / "mine" / "split.json").write_text("{}")
     with pytest.raises(UsageError, match="mend or delete it"):
         load(str(tmp_path / "mine"), tmp_path / "data", 32)

@@ -50,7 +50,9 @@ def test_keys_and_values_equal_the_formula_of_their_share(share, shallow, small_
         expected_keys, expected_values = reference(prefix, small_vit, layer)
         torch.testing.assert_close(keys, expected_keys, atol=1e-5, rtol=0)
         torch.testing.assert_close(values, expected_values, atol=1e-5, rtol=0)
-        assert not torch.allclose(keys, expected_values, atol=1e-3)  # keys and values must not be the same thing
+        assert not torch.allclose(
+            keys, expected_values, atol=1e-3
+        )  # keys and values must not be the same thing
 
 
 def test_the_language_form_makes_all_layers_from_one_table_and_one_mlp(small_vit):
@@ -63,11 +65,14 @@ def test_the_language_form_makes_all_layers_from_one_table_and_one_mlp(small_vit
     for layer in range(3):
         for kind in range(2):
             start = (2 * layer + kind) * D
-            torch.testing.assert_close(made[layer, kind], heads(flat[:, start : start + D]), atol=1e-6, rtol=0)
+            torch.testing.assert_close(
+                made[layer, kind], heads(flat[:, start : start + D]), atol=1e-6, rtol=0
+            )
 
 
 @pytest.mark.parametrize(
-    ("share", "total"), [("none", 338_120), ("simple", 245_960), ("linear", 14_420_168), ("deep", 1_592_072)]
+    ("share", "total"),
+    [("none", 338_120), ("simple", 245_960), ("linear", 14_420_168), ("deep", 1_592_072)],
 )
 def test_parameter_counts_are_the_paper_s(share, total):
     prefix, head = Prefix(12, 12, 768, 10, share), torch.nn.Linear(768, 200)
@@ -88,7 +93,9 @@ def test_parameter_counts_follow_their_formulas_in_every_placement():
             "deep": depth * (length * d + d * m + m + m * 2 * d + 2 * d),
         }
         for share in SHARE:
-            assert count(Prefix(n, 2, d, length, share, hidden=m, shallow=shallow)) == expected[share]
+            assert (
+                count(Prefix(n, 2, d, length, share, hidden=m, shallow=shallow)) == expected[share]
+            )
     one_for_all = length * d + d * m + m + m * n * 2 * d + n * 2 * d
     assert count(Prefix(n, 2, d, length, "deep", hidden=m, per_layer=False)) == one_for_all
 
@@ -97,13 +104,19 @@ def test_initialisation_is_the_official_one():
     torch.manual_seed(0)
     vit = ViT(n_layer=1)
     scale = (6 / (3 * 16**2 + 768)) ** 0.5
-    assert vit.prompt_scale == scale
+    assert vit.prefix_init_scale == scale
     for share in SHARE:
-        p = Prefix(12, 12, 768, 10, share, init_scale=vit.prompt_scale).p
+        p = Prefix(12, 12, 768, 10, share, init_scale=vit.prefix_init_scale).p
         assert p.abs().max() <= scale
-        assert p.std().item() == pytest.approx(scale / 3**0.5, rel=0.01)  # of a uniform distribution
-    made = Prefix(12, 12, 768, 10, "deep", init_scale=vit.prompt_scale)(vit)  # (12, 2, H, L, Dh)
-    assert made.std(dim=3).mean().item() == pytest.approx(0.012, rel=0.1)  # the L vectors are nearly equal
+        assert p.std().item() == pytest.approx(
+            scale / 3**0.5, rel=0.01
+        )  # of a uniform distribution
+    made = Prefix(12, 12, 768, 10, "deep", init_scale=vit.prefix_init_scale)(
+        vit
+    )  # (12, 2, H, L, Dh)
+    assert made.std(dim=3).mean().item() == pytest.approx(
+        0.012, rel=0.1
+    )  # the L vectors are nearly equal
     assert made.std().item() == pytest.approx(0.086, rel=0.1)
 
 
@@ -128,7 +141,9 @@ def test_simple_share_drops_coordinates_of_p_before_the_frozen_layer(small_vit):
     torch.manual_seed(3)
     masked = F.dropout(prefix.p.unsqueeze(1).expand(-1, 4, -1, -1), 0.1)  # (3, 4, L, D)
     for layer, block in enumerate(small_vit.blocks):
-        normed = F.layer_norm(masked[layer], (D,), block.norm1.weight, block.norm1.bias, 1e-6)  # (4, L, D)
+        normed = F.layer_norm(
+            masked[layer], (D,), block.norm1.weight, block.norm1.bias, 1e-6
+        )  # (4, L, D)
         for kind in (0, 1):
             rows = slice((kind + 1) * D, (kind + 2) * D)
             flat = normed @ block.attn.qkv.weight[rows].T + block.attn.qkv.bias[rows]  # (4, L, D)

@@ -15,14 +15,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from support import checkpoint
-from support.options import Config, parser, resolve
+from support import runs as run_folder
+from train import Config, parser, resolve
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 LINES = [line for block in BLOCKS for line in block.splitlines()]
-COMMANDS = sorted({found[0].strip() for line in LINES if (found := re.findall(r"python \w+\.py[^#&]*", line))})
+COMMANDS = sorted(
+    {found[0].strip() for line in LINES if (found := re.findall(r"python \w+\.py[^#&]*", line))}
+)
 SHORT = {
     "train": "--epochs 1 --fraction 0.02 --beams 1",
     "sweep": "--epochs 1 --lr 1 --wd 0 --seed 1 2",
@@ -44,20 +46,28 @@ def test_every_file_that_the_readme_names_exists_and_no_figure_is_heavy():
 
 
 def test_every_module_stands_in_the_reading_order():
-    modules = [path.relative_to(ROOT) for path in (*ROOT.glob("*.py"), *ROOT.glob("support/[a-z]*.py"))]
+    modules = [
+        path.relative_to(ROOT) for path in (*ROOT.glob("*.py"), *ROOT.glob("support/[a-z]*.py"))
+    ]
     assert len(modules) > 20
     assert not [path for path in modules if f"[{path.name}]({path})" not in README]
 
 
 def test_every_function_of_the_table_of_equations_is_where_it_says():
-    rows = [line for line in README.splitlines() if line.startswith("|") and "](" in line and "`" in line]
+    rows = [
+        line
+        for line in README.splitlines()
+        if line.startswith("|") and "](" in line and "`" in line
+    ]
     found = 0
     for row in rows:
         for names, file in re.findall(r"((?:`[\w.]+`(?:, | and )?)+) (?:in|of) \[([\w/.]+)\]", row):
             for name in re.findall(r"`([\w.]+)`", names):
                 found += 1
                 last = name.split(".")[-1]
-                assert re.search(rf"\b(def|class) {last}\b|self\.{last}\b", (ROOT / file).read_text()), (name, file)
+                assert re.search(
+                    rf"\b(def|class) {last}\b|self\.{last}\b", (ROOT / file).read_text()
+                ), (name, file)
     assert found > 15
 
 
@@ -106,7 +116,7 @@ def runs(word: str) -> str:
         task, share = Path(word).parent.name, "none" if word.endswith("2") else "deep"
         given = ["--task", task, "--share", share, "--out", word]
         assert import_module("train").main([*given, *SHORT["train"].split()]) == 0
-    assert checkpoint.facts(Path(word))
+    assert run_folder.metadata(Path(word))
     return word
 
 

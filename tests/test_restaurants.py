@@ -5,8 +5,8 @@ from itertools import chain
 import pytest
 
 from data import load
-from support import restaurants
-from support.text import TEXT_TASKS, Pair, Text, encoding
+from support import language
+from support.corpora import TEXT_TASKS, Pair, Text, encoding
 
 BYTES = encoding("bytes")
 
@@ -17,29 +17,40 @@ def meaning(pair: Pair) -> tuple[str, ...]:
 
 
 def test_restaurants_ask_for_combinations_that_were_never_shown_of_values_that_were():
-    splits = restaurants.restaurants()
+    splits = language.restaurants()
     shown = {meaning(pair) for pair in splits["train"]}
     for split in ("val", "test"):
         asked = {meaning(pair) for pair in splits[split]}
         assert not asked & shown
         assert set(chain(*asked)) <= set(chain(*shown))
-    assert not {meaning(pair) for pair in splits["val"]} & {meaning(pair) for pair in splits["test"]}
-    assert {split: len(pairs) for split, pairs in splits.items()} == {"train": 800, "val": 30, "test": 90}
+    assert not {meaning(pair) for pair in splits["val"]} & {
+        meaning(pair) for pair in splits["test"]
+    }
+    assert {split: len(pairs) for split, pairs in splits.items()} == {
+        "train": 800,
+        "val": 30,
+        "test": 90,
+    }
 
 
 def test_a_restaurant_is_said_in_three_ways_each_with_all_its_values():
-    for pair in chain(*restaurants.restaurants().values()):
+    for pair in chain(*language.restaurants().values()):
         values = [attribute.split(" : ")[1] for attribute in pair.source.split(" | ")]
         assert len(set(pair.references)) == 3
         assert all(value in reference for value in values for reference in pair.references)
 
 
 def test_the_guidebook_has_all_words_of_the_restaurants_but_no_restaurant_and_no_price_of_food():
-    told = list(chain(*restaurants.guidebook().values()))
-    asked = list(chain(*restaurants.restaurants().values()))
+    told = list(chain(*language.guidebook().values()))
+    asked = list(chain(*language.restaurants().values()))
 
     def words(pairs):
-        return {word.strip(".,?:") for pair in pairs for text_ in pair.references for word in text_.split()}
+        return {
+            word.strip(".,?:")
+            for pair in pairs
+            for text_ in pair.references
+            for word in text_.split()
+        }
 
     names = {pair.source.split(" | ")[0].split(" : ")[1] for pair in told + asked}
     assert words(asked) - words(told) - names == {"restaurant"}

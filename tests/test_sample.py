@@ -11,12 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data import ASSETS, load, normalise
-from sample import Options, main, open_run
-from support import checkpoint
-from support.explain import cosines, effective_rank, gates_of, last_layer, prefix_share, rollout
-from support.options import Config
-from support.pixels import stratified
-from train import load_backbone, train
+from extras.explain import cosines, effective_rank, gates_of, last_layer, prefix_share, rollout
+from extras.sample import Options, main, open_run
+from support import runs as run_folder
+from support.images import stratified
+from train import Config, load_backbone, train
 
 QUICK = {"task": "digits", "fraction": 0.2, "epochs": 2, "length": 4, "lr": 2.5, "wd": 0.0}
 
@@ -24,8 +23,12 @@ QUICK = {"task": "digits", "fraction": 0.2, "epochs": 2, "length": 4, "lr": 2.5,
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
     """Finished runs on digits: a prefix with shared and with separate keys and values, and one of full tuning."""
-    folder, data = tmp_path_factory.mktemp("runs"), load("digits", reads=32)
-    methods = {"deep": {"share": "deep"}, "none": {"share": "none"}, "full": {"tune": "full", "lr": 0.05, "epochs": 5}}
+    folder, data = tmp_path_factory.mktemp("runs"), load("digits", image_size=32)
+    methods = {
+        "deep": {"share": "deep"},
+        "none": {"share": "none"},
+        "full": {"tune": "full", "lr": 0.05, "epochs": 5},
+    }
     for name, method in methods.items():
         config = Config(**QUICK | method, out=str(folder / name))
         train(config, load_backbone(config), data)
@@ -51,19 +54,25 @@ def said(capsys, *words: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", ["deep", "none", "full"])
-def test_predictions_on_exported_images_equal_the_evaluation_of_the_training(name, runs, pictures, capsys):
+def test_predictions_on_exported_images_equal_the_evaluation_of_the_training(
+    name, runs, pictures, capsys
+):
     lines = said(capsys, runs[name], pictures)
     assert len(lines) == 797
-    right = sum(max(line["classes"], key=line["classes"].get) == line["image"][-5] for line in lines)
+    right = sum(
+        max(line["classes"], key=line["classes"].get) == line["image"][-5] for line in lines
+    )
     metrics = json.loads((runs[name] / "metrics.jsonl").read_text().splitlines()[-1])
     assert 100 * right / 797 == metrics["test"]
     assert 15 < metrics["test"] < 99  # neither chance nor perfect, so the equality says something
-    assert all(len(line["classes"]) == 5 and sum(line["classes"].values()) <= 1.0001 for line in lines)
+    assert all(
+        len(line["classes"]) == 5 and sum(line["classes"].values()) <= 1.0001 for line in lines
+    )
 
 
 def test_a_run_needs_no_data_set_and_no_name_of_a_task(runs, pictures, tmp_path, capsys):
     moved = shutil.copytree(runs["deep"], tmp_path / "moved")
-    facts = checkpoint.facts(moved)
+    facts = run_folder.metadata(moved)
     facts["config"]["task"] = "a folder that is gone"
     known = {name: json.dumps(value) for name, value in facts.items()}
     save_file(load_file(moved / "prefix.safetensors"), moved / "prefix.safetensors", known)
@@ -85,30 +94,36 @@ def test_an_unreadable_file_is_named_and_skipped(runs, pictures, tmp_path, capsy
     assert "a.png" in err
 
 
-def test_the_shares_of_prefix_and_tokens_sum_to_one_and_without_a_prefix_nothing_changes(runs, small_vit):
+def test_the_shares_of_prefix_and_tokens_sum_to_one_and_without_a_prefix_nothing_changes(
+    runs, small_vit
+):
     run, images = open_run(runs["deep"], Options()), torch.randn(3, 3, 32, 32)
-    gates = gates_of(run.backbone, images, run.experts)
-    share = prefix_share(gates, tokens=17)  # (layers, B, H, 1)
+    attn_weights = gates_of(run.backbone, images, run.prefix_kv)
+    share = prefix_share(attn_weights, tokens=17)  # (layers, B, H, 1)
     assert share.shape == (8, 3, 4, 1)
-    on_tokens = torch.stack([gate[:, :, -1:, 4:].sum(-1) for gate in gates])
+    on_tokens = torch.stack([gate[:, :, -1:, 4:].sum(-1) for gate in attn_weights])
     torch.testing.assert_close(share + on_tokens, torch.ones_like(share))
     assert share.min() > 0
-    empty = run.experts[..., :0, :]  # L = 0
+    empty = run.prefix_kv[..., :0, :]  # L = 0
     for look in (last_layer, rollout):
         without = look(gates_of(run.backbone, images, None), 17)
-        torch.testing.assert_close(look(gates_of(run.backbone, images, empty), 17), without, atol=0, rtol=0)
+        torch.testing.assert_close(
+            look(gates_of(run.backbone, images, empty), 17), without, atol=0, rtol=0
+        )
         torch.testing.assert_close(without.sum(-1), torch.ones(3))
-        assert (look(gates, 17) - without).abs().max() > 1e-4
+        assert (look(attn_weights, 17) - without).abs().max() > 1e-4
 
 
 def test_maps_are_upright(runs):
     """A gate that looks at one patch alone lights up the place of that patch: here the top right corner."""
     tokens, corner = 17, 1 + 3  # CLS, then the first row of four patches
-    gates = [torch.full((1, 2, tokens, tokens), 1e-6) for _ in range(2)] + [torch.full((1, 2, 1, tokens), 1e-6)]
-    for gate in gates:
+    attn_weights = [torch.full((1, 2, tokens, tokens), 1e-6) for _ in range(2)] + [
+        torch.full((1, 2, 1, tokens), 1e-6)
+    ]
+    for gate in attn_weights:
         gate[..., corner] = 1.0
     for look in (last_layer, rollout):
-        seen = look(gates, tokens)[0, 1:].view(4, 4)
+        seen = look(attn_weights, tokens)[0, 1:].view(4, 4)
         assert seen.argmax() == 3
     image = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
     image[:, :8, 24:] = 255  # the model's own first layer sees it in the same place
@@ -117,7 +132,9 @@ def test_maps_are_upright(runs):
 
 
 def test_pictures_are_drawn_for_images_and_for_experts(runs, pictures, tmp_path, capsys):
-    (line,) = said(capsys, runs["none"], sorted(pictures.iterdir())[0], "--explain", "--out", tmp_path)
+    (line,) = said(
+        capsys, runs["none"], sorted(pictures.iterdir())[0], "--explain", "--out", tmp_path
+    )
     with Image.open(line["picture"]) as drawn:
         assert min(drawn.size) > 400
     (line,) = said(capsys, runs["deep"], runs["none"], "--experts", "--out", tmp_path)
@@ -152,13 +169,17 @@ def test_the_effective_rank_counts_directions_and_cosines_compare_all_pairs():
         "unknown option": "--explian",
     }.items(),
 )
-def test_wrong_input_is_one_sentence_and_exit_code_2(case, sentence, runs, pictures, tmp_path, capsys):
+def test_wrong_input_is_one_sentence_and_exit_code_2(
+    case, sentence, runs, pictures, tmp_path, capsys
+):
     deep, image = str(runs["deep"]), str(sorted(pictures.iterdir())[0])
     other = load_backbone(Config(backbone="scratch"))
     save_file(other.state_dict(), tmp_path / "other.safetensors", {"vit": json.dumps(other.sizes)})
     for name in ("empty", "damaged", "bad"):
         (tmp_path / name).mkdir()
-    (tmp_path / "damaged" / "prefix.safetensors").write_bytes((runs["deep"] / "prefix.safetensors").read_bytes()[:300])
+    (tmp_path / "damaged" / "prefix.safetensors").write_bytes(
+        (runs["deep"] / "prefix.safetensors").read_bytes()[:300]
+    )
     (tmp_path / "bad" / "x.png").write_bytes(b"no image")
     words = {
         "not a run": [str(tmp_path / "nowhere"), image],

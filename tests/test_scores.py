@@ -7,11 +7,19 @@ import nltk
 import pytest
 import sacrebleu
 
+from support.corpora import Pair
 from support.scores import score
-from support.text import Pair
 
 PAIRS = [
-    Pair("a", ["The cat sat on the mat.", "A cat was sitting on the mat.", "On the mat sat a cat, of course."], "seen"),
+    Pair(
+        "a",
+        [
+            "The cat sat on the mat.",
+            "A cat was sitting on the mat.",
+            "On the mat sat a cat, of course.",
+        ],
+        "seen",
+    ),
     Pair("b", ["Dogs bark loudly at night, always."], "unseen"),
     Pair("c", ["Café Rouge is cheap, isn't it?", "It is cheap: Café Rouge."], "seen"),
 ]
@@ -54,7 +62,9 @@ def test_meteor_is_a_weighted_mean_of_precision_and_recall_less_a_penalty_for_pi
     # all of 3 words and 3 of 4: F = 0.75 / (0.9 + 0.1 * 0.75); one piece of three words: penalty 0.5 / 27
     expected = 100 * 0.75 / 0.975 * (1 - 0.5 / 27)
     assert only("the cat sat", "no match", "the cat sat down")["METEOR"] == pytest.approx(expected)
-    assert only("the cat sat", "the puss sat")["METEOR"] == pytest.approx(100 * (1 - 0.5 / 27))  # a synonym
+    assert only("the cat sat", "the puss sat")["METEOR"] == pytest.approx(
+        100 * (1 - 0.5 / 27)
+    )  # a synonym
     assert only("the dog sat", "the puss sat")["METEOR"] < 70
 
 
@@ -76,13 +86,18 @@ def test_cider_is_ten_for_the_only_reference_and_the_mean_over_several():
 def test_sources_may_have_any_number_of_references():
     scores, missing = score(OUTPUTS, PAIRS)
     assert missing == []
-    filled = [[*pair.references, *[pair.references[-1]] * 2][:3] for pair in PAIRS]  # saying it twice changes nothing
+    filled = [
+        [*pair.references, *[pair.references[-1]] * 2][:3] for pair in PAIRS
+    ]  # saying it twice changes nothing
     streams = [list(stream) for stream in zip(*filled, strict=True)]
     assert scores["BLEU"] == pytest.approx(sacrebleu.corpus_bleu(OUTPUTS, streams).score)
     first = [pair.references[0] for pair in PAIRS]
     assert scores["BLEU"] > sacrebleu.corpus_bleu(OUTPUTS, [first]).score + 1
     ter = sacrebleu.metrics.TER()
-    parts = [ter.sentence_score(output, pair.references) for output, pair in zip(OUTPUTS, PAIRS, strict=True)]
+    parts = [
+        ter.sentence_score(output, pair.references)
+        for output, pair in zip(OUTPUTS, PAIRS, strict=True)
+    ]
     expected = 100 * sum(part.num_edits for part in parts) / sum(part.ref_length for part in parts)
     assert scores["TER"] == pytest.approx(expected)
 
@@ -127,7 +142,9 @@ def test_a_missing_library_costs_its_scores_alone_and_is_named(module, names, me
     assert all(name.split("-")[0] in missing[0] for name in names)
 
 
-@pytest.mark.parametrize("error", [LookupError("Resource wordnet not found"), OSError("no index.sense")])
+@pytest.mark.parametrize(
+    "error", [LookupError("Resource wordnet not found"), OSError("no index.sense")]
+)
 def test_missing_wordnet_data_is_named_with_how_to_get_it(error, wordnet):
     def ensure_loaded():
         raise error

@@ -1,4 +1,4 @@
-"""sweep.py, worker.py, plan.py, report.py: choice, seeds, splits, kills, locks, halving, Ray, what a plan foresees."""
+"""sweep.py, worker.py, sweep_module.py, report.py: choice, seeds, splits, kills, locks, halving, Ray, what a plan foresees."""
 
 import json
 import os
@@ -17,13 +17,27 @@ from torch.utils.flop_counter import FlopCounterMode
 import data as data_module
 import sweep as sweep_module
 from data import TASKS, Dataset
-from support import plan, report
+from support import report
 from sweep import METHODS, best, expand, main, parse, stages
-from train import Config, Tuned, image_loss, resolve
+from train import Config, TunedModel, image_loss, resolve
 from vit import ViT
 
 ROOT = Path(__file__).parent.parent
-GRID = ["--lr", "1", "5", "--wd", "0", "0.001", "--seed", "42", "44", "--epochs", "2", "--fraction", "0.1"]
+GRID = [
+    "--lr",
+    "1",
+    "5",
+    "--wd",
+    "0",
+    "0.001",
+    "--seed",
+    "42",
+    "44",
+    "--epochs",
+    "2",
+    "--fraction",
+    "0.1",
+]
 
 
 @pytest.fixture
@@ -54,11 +68,19 @@ def numbers(folder: Path) -> list[str]:
 
 
 def line(val: float, lr: float, wd: float = 0.0, status: str = "done") -> dict:
-    return {"status": status, "settings": {"lr": lr, "wd": wd}} | ({} if status == "diverged" else {"val": val})
+    return {"status": status, "settings": {"lr": lr, "wd": wd}} | (
+        {} if status == "diverged" else {"val": val}
+    )
 
 
 def test_the_best_val_accuracy_is_chosen_and_a_tie_goes_to_the_smaller_learning_rate_then_weight_decay():
-    tried = [line(90, 5), line(91, 25), line(91, 1, 0.01), line(91, 1, 0.001), line(0, 0.1, status="diverged")]
+    tried = [
+        line(90, 5),
+        line(91, 25),
+        line(91, 1, 0.01),
+        line(91, 1, 0.001),
+        line(0, 0.1, status="diverged"),
+    ]
     assert best(tried, 1) == [tried[3]]
     assert best(tried, 9) == [tried[3], tried[2], tried[1], tried[0]]  # the diverged run is nowhere
     assert best([tried[4]], 1) == []
@@ -73,7 +95,9 @@ def test_the_default_is_the_papers_grid_and_its_five_seeds():
     assert [cell.method for cell in sweep_module.cells(sweep)] == ["none", "deep"]
 
 
-def test_a_grid_trains_on_train_and_sees_val_once_a_run_and_a_final_run_sees_test_once(words, performed, tmp_path):
+def test_a_grid_trains_on_train_and_sees_val_once_a_run_and_a_final_run_sees_test_once(
+    words, performed, tmp_path
+):
     assert main([*words, "--methods", "deep"]) == 0
     one_grid = [("train", "train")] * 2 + [("val", "evaluate")]
     one_final = [("trainval", "train")] * 2 + [("test", "evaluate")]  # the digits' protocol: VTAB's
@@ -84,13 +108,19 @@ def test_a_grid_trains_on_train_and_sees_val_once_a_run_and_a_final_run_sees_tes
     assert {r["settings"]["seed"] for r in tried} == {42}
     assert [r["settings"]["seed"] for r in tested] == [42, 44]
     for r in tested:
-        assert {k: r["settings"][k] for k in ("lr", "wd")} == {k: top["settings"][k] for k in ("lr", "wd")}
+        assert {k: r["settings"][k] for k in ("lr", "wd")} == {
+            k: top["settings"][k] for k in ("lr", "wd")
+        }
     assert len({r["test"] for r in tested}) == 2  # the seed does something
 
 
 def test_a_finished_sweep_recomputes_nothing_and_draws_the_same_report(words, performed, tmp_path):
     assert main(words) == 0
-    files = {p: p.read_bytes() for p in (tmp_path / "digits").iterdir() if p.suffix in (".md", ".png", ".jsonl")}
+    files = {
+        p: p.read_bytes()
+        for p in (tmp_path / "digits").iterdir()
+        if p.suffix in (".md", ".png", ".jsonl")
+    }
     assert len(files) == 3
     performed.clear()
     assert main(words) == 0
@@ -113,7 +143,9 @@ def test_a_diverged_run_is_listed_and_never_chosen_and_does_not_stop_the_sweep(w
     assert "all diverged" in (tmp_path / "digits" / "report.md").read_text()
 
 
-def test_the_table_has_mean_standard_deviation_and_error_over_seeds_and_the_published_figure(words, tmp_path):
+def test_the_table_has_mean_standard_deviation_and_error_over_seeds_and_the_published_figure(
+    words, tmp_path
+):
     assert main([*words, "--methods", "deep", "--seed", "1", "2", "3"]) == 0
     tested = [r["test"] for r in lines(tmp_path / "digits") if "test" in r]
     spread = statistics.stdev(tested)
@@ -127,7 +159,19 @@ def test_the_table_has_mean_standard_deviation_and_error_over_seeds_and_the_publ
 
 
 def test_every_method_and_length_can_be_swept(words, tmp_path):
-    words = [*words, "--epochs", "1", "--lr", "0.5", "--wd", "0", "--fraction", "0.05", "--seed", "1"]
+    words = [
+        *words,
+        "--epochs",
+        "1",
+        "--lr",
+        "0.5",
+        "--wd",
+        "0",
+        "--fraction",
+        "0.05",
+        "--seed",
+        "1",
+    ]
     assert main([*words, "--methods", *METHODS, "--length", "2", "3"]) == 0
     found = lines(tmp_path / "digits")
     cells = 8 * 2 + 2  # prefixes x lengths, and probe and full, which have no prefix
@@ -135,7 +179,9 @@ def test_every_method_and_length_can_be_swept(words, tmp_path):
     assert {r["status"] for r in found} == {"done"}
     text = (tmp_path / "digits" / "report.md").read_text()
     assert text.count("| digits |") == cells
-    assert "| digits | 50 | probe | - |" in text  # 5 % of train and val, on which the final runs train
+    assert (
+        "| digits | 50 | probe | - |" in text
+    )  # 5 % of train and val, on which the final runs train
     assert "deep, L 2 minus none, L 2" in text
 
 
@@ -145,20 +191,31 @@ def test_fractions_of_the_training_images_make_a_figure_of_their_own(words, tmp_
     assert main([*words, "--epochs", "1", "--lr", "0.5", "--fraction", "0.05", "0.1"]) == 0
     assert (tmp_path / "digits" / "fraction.png").read_bytes().startswith(b"\x89PNG")
     rows = (tmp_path / "digits" / "report.md").read_text().splitlines()
-    assert [row.split(" | ")[1] for row in rows if row.startswith("| digits")] == ["50", "50", "100", "100"]
+    assert [row.split(" | ")[1] for row in rows if row.startswith("| digits")] == [
+        "50",
+        "50",
+        "100",
+        "100",
+    ]
 
 
-def test_halving_drops_the_worse_half_at_each_stage_and_survivors_end_as_in_the_full_grid(words, performed, tmp_path):
+def test_halving_drops_the_worse_half_at_each_stage_and_survivors_end_as_in_the_full_grid(
+    words, performed, tmp_path
+):
     words = [*words, "--methods", "deep", "--epochs", "8"]
     assert stages(parse(words), 8) == [(None, 1)]
     assert stages(parse([*words, "--halving"]), 8) == [(1, 2), (2, 1), (4, 1), (None, 1)]
     assert main(words) == 0
     performed.clear()
     assert main([*words, "--halving"]) == 0
-    assert performed.count(("train", "train")) == 4 * 1 + 2 * 1 + 1 * 2 + 1 * 4  # nothing is trained twice
+    assert (
+        performed.count(("train", "train")) == 4 * 1 + 2 * 1 + 1 * 2 + 1 * 4
+    )  # nothing is trained twice
     full = {json.dumps(r["settings"]): r for r in lines(tmp_path / "digits")}
     (winner,) = [r for r in lines(tmp_path / "digits-halving") if "val" in r and r["stop"] is None]
-    assert full[json.dumps(winner["settings"])] == winner  # bit for bit, although it was stopped three times
+    assert (
+        full[json.dumps(winner["settings"])] == winner
+    )  # bit for bit, although it was stopped three times
     text = (tmp_path / "digits-halving" / "report.md").read_text()
     assert "successive halving, 12 of the full grid's 32 epochs (62 % saved)" in text
     assert "the full grid, 4 runs, 32 epochs" in (tmp_path / "digits" / "report.md").read_text()
@@ -168,34 +225,68 @@ def test_halving_drops_the_worse_half_at_each_stage_and_survivors_end_as_in_the_
 def test_the_planned_flops_of_a_step_are_within_15_percent_of_those_counted_in_a_real_one(name):
     vit = ViT(image=64, patch=8, dim=64, n_layer=4, n_head=4)  # 65 tokens
     config = resolve(Config(**METHODS[name], length=20, device="cpu"))
-    model = Tuned(config, vit.requires_grad_(False), classes=10)
-    pixels, labels = torch.randint(256, (64, 64, 64, 3), dtype=torch.uint8), torch.randint(10, (64,))
+    model = TunedModel(config, vit.requires_grad_(False), classes=10)
+    pixels, labels = (
+        torch.randint(256, (64, 64, 64, 3), dtype=torch.uint8),
+        torch.randint(10, (64,)),
+    )
     counter = FlopCounterMode(display=False)
-    with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # whose products are countable
+    with (
+        counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):  # whose products are countable
         loss, _ = image_loss(model, vit, False, pixels, labels)
         loss.backward()
-    training, evaluation = plan.image_flops(config, vit, classes=10)
+    training, evaluation = sweep_module.image_flops(config, vit, classes=10)
     assert training == pytest.approx(counter.get_total_flops() / 64, rel=0.15)
-    assert evaluation < 0.6 * training or config.tune == "linear"  # the test can fail: backward is not free
+    assert (
+        evaluation < 0.6 * training or config.tune == "linear"
+    )  # the test can fail: backward is not free
 
 
 def test_the_plan_of_a_paper_like_task_is_within_15_percent_of_what_its_runs_are_counted_to_need(
     monkeypatch, words, small, capsys
 ):
     digits = TASKS["digits"]
-    task = replace(digits, group="FGVC", final="train", backbone=small, epochs=2, settings={"deep": (6, 1.0, 0.0)})
+    task = replace(
+        digits,
+        group="FGVC",
+        final="train",
+        backbone=small,
+        epochs=2,
+        settings={"deep": (6, 1.0, 0.0)},
+    )
     for module in (data_module, sweep_module):
         monkeypatch.setattr(module, "TASKS", {"digits": digits, "birds": task})
-    words = [w for w in words if w not in ("--backbone", small, "--epochs", "2", "--fraction", "0.1")]
-    words = ["--tasks", "paper", "--methods", "deep", "--lr", "1", "--wd", "0", "--seed", "1", "2", *words[-4:]]
+    words = [
+        w for w in words if w not in ("--backbone", small, "--epochs", "2", "--fraction", "0.1")
+    ]
+    words = [
+        "--tasks",
+        "paper",
+        "--methods",
+        "deep",
+        "--lr",
+        "1",
+        "--wd",
+        "0",
+        "--seed",
+        "1",
+        "2",
+        *words[-4:],
+    ]
     assert main([*words, "--dry-run", "--img-per-s", "1000"]) == 0
-    (row,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("birds")]
+    (row,) = [
+        line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("birds")
+    ]
     assert row[:6] == ["birds", "deep", "6", "1", "3", f"{(1 + 2) * 2 * 800:,}"]
     counter = FlopCounterMode(display=False)
     with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         assert main(words) == 0
     assert float(row[6]) * 1e15 == pytest.approx(counter.get_total_flops(), rel=0.15)
-    assert float(row[7]) == pytest.approx(3 * 2 * 800 / 1000 / 3600, rel=0.5)  # and evaluation on top
+    assert float(row[7]) == pytest.approx(
+        3 * 2 * 800 / 1000 / 3600, rel=0.5
+    )  # and evaluation on top
 
 
 def test_a_dry_run_measures_this_machine_and_writes_nothing(words, tmp_path, capsys):
@@ -243,14 +334,21 @@ def descendants(pid: int) -> list[tuple[int, str]]:
 @pytest.mark.slow
 def test_ray_workers_find_the_same_numbers_and_one_that_is_killed_is_retried(words, tmp_path):
     pytest.importorskip("ray")
-    words, env = [*words, "--epochs", "40", "--methods", "deep"], os.environ | {"OMP_NUM_THREADS": "1"}
+    words, env = (
+        [*words, "--epochs", "40", "--methods", "deep"],
+        os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     alone = [sys.executable, "sweep.py", *words, "--out", str(tmp_path / "alone")]
     subprocess.run(alone, cwd=ROOT, env=env, check=True, capture_output=True)
     command = [sys.executable, "sweep.py", *words, "--out", str(tmp_path / "ray"), "--ray"]
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     killed = None
     while killed is None and process.poll() is None:
-        workers = [pid for pid, name in descendants(process.pid) if name.startswith("ray::Worker.run")]
+        workers = [
+            pid for pid, name in descendants(process.pid) if name.startswith("ray::Worker.run")
+        ]
         if workers and list((tmp_path / "ray" / "digits" / "runs").glob("*/state.pt")):
             killed = workers[0]
             os.kill(killed, signal.SIGKILL)
@@ -259,4 +357,6 @@ def test_ray_workers_find_the_same_numbers_and_one_that_is_killed_is_retried(wor
     assert process.returncode == 0, error
     assert killed is not None
     assert numbers(tmp_path / "ray" / "digits") == numbers(tmp_path / "alone" / "digits")
-    assert (tmp_path / "ray/digits/report.md").read_bytes() == (tmp_path / "alone/digits/report.md").read_bytes()
+    assert (tmp_path / "ray/digits/report.md").read_bytes() == (
+        tmp_path / "alone/digits/report.md"
+    ).read_bytes()

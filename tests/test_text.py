@@ -1,4 +1,4 @@
-"""text.py: from files in the official formats to pairs of source and references, in the official template."""
+"""corpora.py: from files in the official formats to pairs of source and references, in the official template."""
 
 import hashlib
 import io
@@ -10,10 +10,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from support import download, text
-from support.download import UsageError
-from support.text import TEXT_TASKS, Pair, Text, encoding
-from support.tokens import EOT
+from support import corpora, files
+from support.corpora import TEXT_TASKS, Pair, Text, encoding
+from support.files import UsageError
+from support.language import EOT
 
 BYTES = encoding("bytes")
 E2E = {  # commas, quotes, a line break in a reference, several references apart from each other, non-ASCII text
@@ -39,7 +39,10 @@ ENTRY = """<entry category="{}" eid="Id1" size="2">
 WEBNLG = {
     "train/1triples/a.xml": [("Food", "España", "one", "good"), ("City", "Peru", "two", "toredo")],
     "dev/2triples/b.xml": [("Food", "Spain", "one", "good")],
-    "test/testdata_with_lex.xml": [("Food", "Spain", "one", "bad"), ("Artist", "Chile", "two", "good")],
+    "test/testdata_with_lex.xml": [
+        ("Food", "Spain", "one", "bad"),
+        ("Artist", "Chile", "two", "good"),
+    ],
 }
 SOURCE = ' | Aarhus_Airport : cityServed : "Aarhus, Denmark" | Ajoblanco : country : '
 
@@ -56,37 +59,42 @@ def sha256(content: str) -> str:
 
 def publish_e2e(site, patch) -> None:
     put(site.folder, E2E)
-    patch.setattr(text, "E2E_URL", site.url)
+    patch.setattr(corpora, "E2E_URL", site.url)
     blob = b"blob %d\0" % len(E2E["trainset.csv"].encode()) + E2E["trainset.csv"].encode()
     pins = {"train": f"git:{hashlib.sha1(blob).hexdigest()}"}
     pins |= {"val": sha256(E2E["devset.csv"]), "test": sha256(E2E["testset_w_refs.csv"])}
-    for split, (file, _) in text.E2E_FILES.items():
-        patch.setitem(text.E2E_FILES, split, (file, pins[split]))
+    for split, (file, _) in corpora.E2E_FILES.items():
+        patch.setitem(corpora.E2E_FILES, split, (file, pins[split]))
 
 
 def webnlg_files() -> dict[str, str]:
-    parts = {name: "".join(ENTRY.format(*entry) for entry in entries) for name, entries in WEBNLG.items()}
+    parts = {
+        name: "".join(ENTRY.format(*entry) for entry in entries) for name, entries in WEBNLG.items()
+    }
     head = '<?xml version="1.0" encoding="UTF-8"?>\n<benchmark>\n<entries>\n'
     return {name: f"{head}{part}</entries>\n</benchmark>\n" for name, part in parts.items()}
 
 
 def publish_webnlg(site, patch) -> None:
-    top = f"webnlg-dataset-{text.WEBNLG_COMMIT}/webnlg_challenge_2017"
+    top = f"webnlg-dataset-{corpora.WEBNLG_COMMIT}/webnlg_challenge_2017"
     with tarfile.open(site.folder / "webnlg.tar.gz", "w:gz") as archive:
         for name, content in webnlg_files().items():
             member = tarfile.TarInfo(f"{top}/{name}")
             member.size = len(content.encode())
             archive.addfile(member, io.BytesIO(content.encode()))
-    patch.setattr(text, "WEBNLG_URL", f"{site.url}/webnlg.tar.gz")
-    patch.setattr(text, "WEBNLG_TEST", sha256(webnlg_files()["test/testdata_with_lex.xml"]))
-    patch.setattr(text, "WEBNLG_TEXTS", {"train": 3, "val": 2, "test": 4})
+    patch.setattr(corpora, "WEBNLG_URL", f"{site.url}/webnlg.tar.gz")
+    patch.setattr(corpora, "WEBNLG_TEST", sha256(webnlg_files()["test/testdata_with_lex.xml"]))
+    patch.setattr(corpora, "WEBNLG_TEXTS", {"train": 3, "val": 2, "test": 4})
 
 
 def table(rows: list[tuple[str | None, str]]) -> bytes:
     out = io.BytesIO()
     document, summary = zip(*rows, strict=True)
     parquet.write_table(
-        pa.table({"document": document, "summary": summary, "id": [str(i) for i in range(len(rows))]}), out
+        pa.table(
+            {"document": document, "summary": summary, "id": [str(i) for i in range(len(rows))]}
+        ),
+        out,
     )
     return out.getvalue()
 
@@ -101,7 +109,7 @@ def whole(data: Text, split: str) -> list[str]:
 
 def test_e2e_goes_from_its_csv_files_to_the_official_template(site, tmp_path, monkeypatch):
     publish_e2e(site, monkeypatch)
-    data = Text("e2e", **text.load_e2e(tmp_path / "data", BYTES))
+    data = Text("e2e", **corpora.load_e2e(tmp_path / "data", BYTES))
     assert whole(data, "train") == [
         f" name : Alimentum | area : city centre | family friendly : no {EOT}"
         f" There is a place in the city centre, Alimentum, that is not. {EOT}",
@@ -109,10 +117,12 @@ def test_e2e_goes_from_its_csv_files_to_the_official_template(site, tmp_path, mo
         f' name : The " Eagle " | Type : coffee shop | price : £ 20 - 25 | customer rating : 5 out of 5 {EOT}'
         f' The "Eagle" is good. {EOT}',
     ]
-    assert whole(data, "val") == [f" name : Café Rouge | near : Crowne Plaza Hotel {EOT} Café Rouge is naïve. {EOT}"]
+    assert whole(data, "val") == [
+        f" name : Café Rouge | near : Crowne Plaza Hotel {EOT} Café Rouge is naïve. {EOT}"
+    ]
     assert data.splits["test"] == [Pair("name : Aromi", ["Aromi.", "It is Aromi."])]
     asked = len(site.log)
-    assert text.load_e2e(tmp_path / "data", BYTES)["splits"] == data.splits
+    assert corpora.load_e2e(tmp_path / "data", BYTES)["splits"] == data.splits
     assert (asked, len(site.log)) == (3, 3)  # nothing was fetched again
 
 
@@ -121,23 +131,27 @@ def test_e2e_files_that_the_user_has_are_found_and_verified(layout, site, tmp_pa
     publish_e2e(site, monkeypatch)
     put(tmp_path / "data" / layout, E2E)
     assert TEXT_TASKS["e2e"].here(tmp_path / "data")
-    assert len(text.load_e2e(tmp_path / "data", BYTES)["splits"]["train"]) == 2
+    assert len(corpora.load_e2e(tmp_path / "data", BYTES)["splits"]["train"]) == 2
     assert site.log == []
     put(tmp_path / "data" / layout, {"trainset.csv": E2E["trainset.csv"].replace("kids", "cats")})
     with pytest.raises(UsageError, match=r"trainset.csv has git .* damaged, or another file"):
-        text.load_e2e(tmp_path / "data", BYTES)
+        corpora.load_e2e(tmp_path / "data", BYTES)
 
 
 def test_git_s_checksum_is_the_name_that_git_gives_a_file(tmp_path):
     (tmp_path / "hello").write_text("hello\n")
-    assert download.digest(tmp_path / "hello", "git") == "ce013625030ba8dba906f756967f9e9ca394464a"  # git hash-object
+    assert (
+        files.digest(tmp_path / "hello", "git") == "ce013625030ba8dba906f756967f9e9ca394464a"
+    )  # git hash-object
 
 
 def test_webnlg_goes_from_its_xml_files_to_the_official_template(site, tmp_path, monkeypatch):
     publish_webnlg(site, monkeypatch)
     assert not TEXT_TASKS["webnlg"].here(tmp_path / "data")
-    data = Text("webnlg", **text.load_webnlg(tmp_path / "data", BYTES))
-    assert whole(data, "train") == [  # only "good" texts; two spaces before the first separator, as the official code
+    data = Text("webnlg", **corpora.load_webnlg(tmp_path / "data", BYTES))
+    assert whole(
+        data, "train"
+    ) == [  # only "good" texts; two spaces before the first separator, as the official code
         f' {SOURCE}España {EOT} Aarhus & Ajoblanco, "one". {EOT}',
         f" {SOURCE}España {EOT} Second. {EOT}",
         f' {SOURCE}Peru {EOT} Aarhus & Ajoblanco, "two". {EOT}',
@@ -147,30 +161,32 @@ def test_webnlg_goes_from_its_xml_files_to_the_official_template(site, tmp_path,
         Pair(f"{SOURCE}Chile", ['Aarhus & Ajoblanco, "two".', "Second."], "unseen"),
     ]
     assert TEXT_TASKS["webnlg"].here(tmp_path / "data")
-    assert text.load_webnlg(tmp_path / "data", BYTES)["splits"] == data.splits
+    assert corpora.load_webnlg(tmp_path / "data", BYTES)["splits"] == data.splits
     assert len(site.log) == 1
 
 
 @pytest.mark.parametrize("layout", ["", "webnlg", "webnlg-dataset/webnlg_challenge_2017"])
-def test_webnlg_files_that_the_user_has_are_found_and_must_be_whole(layout, site, tmp_path, monkeypatch):
+def test_webnlg_files_that_the_user_has_are_found_and_must_be_whole(
+    layout, site, tmp_path, monkeypatch
+):
     publish_webnlg(site, monkeypatch)
     put(tmp_path / "data" / layout, webnlg_files())
-    assert len(text.load_webnlg(tmp_path / "data", BYTES)["splits"]["test"]) == 2
+    assert len(corpora.load_webnlg(tmp_path / "data", BYTES)["splits"]["test"]) == 2
     assert site.log == []
     (tmp_path / "data" / layout / "dev/2triples/b.xml").unlink()
     with pytest.raises(UsageError, match="holds no pairs"):
-        text.load_webnlg(tmp_path / "data", BYTES)
+        corpora.load_webnlg(tmp_path / "data", BYTES)
     put(tmp_path / "data" / layout, {"dev/2triples/b.xml": webnlg_files()["train/1triples/a.xml"]})
     with pytest.raises(UsageError, match="has 3 texts for val, not 2; put a whole copy"):
-        text.load_webnlg(tmp_path / "data", BYTES)
+        corpora.load_webnlg(tmp_path / "data", BYTES)
 
 
 def test_xsum_is_cut_to_its_limits_and_gets_no_spaces(site, tmp_path, monkeypatch):
     article = [("d" * 600, "s" * 120), ("Short\nnews.", "“It is”  new."), (None, "No article.")]
-    put(site.folder, {f"{name}.parquet": table(article) for name in text.XSUM_FILES})
-    for name in text.XSUM_FILES:
-        monkeypatch.setitem(text.XSUM_FILES, name, (f"{site.url}/{name}.parquet", None))
-    data = Text("xsum", **text.load_xsum(tmp_path / "data", BYTES))
+    put(site.folder, {f"{name}.parquet": table(article) for name in corpora.XSUM_FILES})
+    for name in corpora.XSUM_FILES:
+        monkeypatch.setitem(corpora.XSUM_FILES, name, (f"{site.url}/{name}.parquet", None))
+    data = Text("xsum", **corpora.load_xsum(tmp_path / "data", BYTES))
     assert whole(data, "train") == [
         f"{'d' * 512}{EOT}{'s' * 60}{EOT}",
         f"Short news.{EOT}“It is” new.{EOT}",
@@ -181,24 +197,32 @@ def test_xsum_is_cut_to_its_limits_and_gets_no_spaces(site, tmp_path, monkeypatc
     assert TEXT_TASKS["xsum"].here(tmp_path / "data")
     put(tmp_path / "data/xsum", {"test.parquet": b"PAR1"})
     with pytest.raises(UsageError, match=r"test.parquet is no XSUM"):
-        text.load_xsum(tmp_path / "data", BYTES)
+        corpora.load_xsum(tmp_path / "data", BYTES)
 
 
 def test_your_own_pairs_are_split_by_source_in_the_same_way_every_time(tmp_path):
-    rows = [{"source": f"q{i}", "target": [f"a{i}", f"b{i}"] if i % 3 else f"é{i}"} for i in range(40)]
+    rows = [
+        {"source": f"q{i}", "target": [f"a{i}", f"b{i}"] if i % 3 else f"é{i}"} for i in range(40)
+    ]
     rows.append({"source": "q7", "target": "c7"})
     path = tmp_path / "mine.jsonl"
-    path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
-    data = Text("mine", **text.load_jsonl(path, tmp_path, BYTES))
-    assert {name: len(split) for name, split in data.splits.items()} == {"train": 32, "val": 4, "test": 4}
+    path.write_text(
+        "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+    )
+    data = Text("mine", **corpora.load_jsonl(path, tmp_path, BYTES))
+    assert {name: len(split) for name, split in data.splits.items()} == {
+        "train": 32,
+        "val": 4,
+        "test": 4,
+    }
     found = {pair.source: pair.references for split in data.splits.values() for pair in split}
     assert len(found) == 40  # no source in two splits
     assert (found["q7"], found["q9"]) == (["a7", "b7", "c7"], ["é9"])
-    assert text.load_jsonl(path, tmp_path, BYTES)["splits"] == data.splits
+    assert corpora.load_jsonl(path, tmp_path, BYTES)["splits"] == data.splits
     assert f" q0 {EOT} é0 {EOT}" in whole(data, "train") + whole(data, "val") + whole(data, "test")
     path.write_text("\n".join(json.dumps(row) for row in rows[:9]))
     with pytest.raises(UsageError, match="has 9 distinct sources"):
-        text.load_jsonl(path, tmp_path, BYTES)
+        corpora.load_jsonl(path, tmp_path, BYTES)
 
 
 GOOD = {
@@ -208,26 +232,62 @@ GOOD = {
 }
 BAD = {
     "a row of three columns": (".csv", "mr,ref\nname[A],B\nname[A],B,C\n", "line 3: 3 columns"),
-    "a quote that does not end": (".csv", 'mr,ref\nname[A],B\nname[A],"B\n', "line 3: unexpected end"),
+    "a quote that does not end": (
+        ".csv",
+        'mr,ref\nname[A],B\nname[A],"B\n',
+        "line 3: unexpected end",
+    ),
     "text after a quote": (".csv", 'mr,ref\n"name[A]"x,B\n', "line 2: ',' expected"),
-    "no list of attributes": (".csv", 'mr,ref\n"name[A], area",B\n', "line 2: 'name.A., area' is no list"),
+    "no list of attributes": (
+        ".csv",
+        'mr,ref\n"name[A], area",B\n',
+        "line 2: 'name.A., area' is no list",
+    ),
     "an empty reference": (".csv", "mr,ref\nname[A], \n", "line 2: a target is empty"),
-    "another encoding": (".csv", "mr,ref\nname[A],B\nname[A],Café\n".encode("latin-1"), "line 3: not UTF-8"),
+    "another encoding": (
+        ".csv",
+        "mr,ref\nname[A],B\nname[A],Café\n".encode("latin-1"),
+        "line 3: not UTF-8",
+    ),
     "no rows": (".csv", "mr,ref\n", "holds no pairs"),
-    "a tag that does not end": (".xml", GOOD[".xml"].replace("</modifiedtripleset>", ""), "line 12: mismatched tag"),
-    "a fact of two parts": (".xml", GOOD[".xml"].replace("| country |", "country |"), "line 4: no mtriple, or one"),
-    "an entry without facts": (".xml", GOOD[".xml"].replace("mtriple>", "triple>"), "line 4: no mtriple, or one"),
+    "a tag that does not end": (
+        ".xml",
+        GOOD[".xml"].replace("</modifiedtripleset>", ""),
+        "line 12: mismatched tag",
+    ),
+    "a fact of two parts": (
+        ".xml",
+        GOOD[".xml"].replace("| country |", "country |"),
+        "line 4: no mtriple, or one",
+    ),
+    "an entry without facts": (
+        ".xml",
+        GOOD[".xml"].replace("mtriple>", "triple>"),
+        "line 4: no mtriple, or one",
+    ),
     "an empty text": (".xml", GOOD[".xml"].replace("Second.", " "), "line 4: a target is empty"),
-    "no JSON": (".jsonl", '{"source": "a", "target": "b"}\n\n{"source": "a"\n', r"line 3: not \{.*, but \{"),
+    "no JSON": (
+        ".jsonl",
+        '{"source": "a", "target": "b"}\n\n{"source": "a"\n',
+        r"line 3: not \{.*, but \{",
+    ),
     "no target": (".jsonl", '{"source": "a"}\n', "line 1: .*; mend it"),
     "a number for a target": (".jsonl", '{"source": "a", "target": 3}\n', "line 1"),
     "a number among targets": (".jsonl", '{"source": "a", "target": ["b", 3]}\n', "line 1"),
     "a list for a source": (".jsonl", '{"source": ["a"], "target": "b"}\n', "line 1"),
     "no object": (".jsonl", "[1, 2]\n", "line 1"),
-    "an empty target": (".jsonl", '{"source": "a", "target": ["b", ""]}\n', "line 1: a target is empty"),
+    "an empty target": (
+        ".jsonl",
+        '{"source": "a", "target": ["b", ""]}\n',
+        "line 1: a target is empty",
+    ),
     "no targets": (".jsonl", '{"source": "a", "target": []}\n', "line 1: a target is empty"),
 }
-ROWS = {".csv": text.e2e_rows, ".xml": lambda path: text.webnlg_rows(path, True), ".jsonl": text.jsonl_rows}
+ROWS = {
+    ".csv": corpora.e2e_rows,
+    ".xml": lambda path: corpora.webnlg_rows(path, True),
+    ".jsonl": corpora.jsonl_rows,
+}
 
 
 @pytest.mark.parametrize("fault", BAD)
@@ -235,8 +295,8 @@ def test_a_malformed_file_is_one_sentence_with_file_and_line(fault, tmp_path):
     kind, content, said = BAD[fault]
     path = tmp_path / f"file{kind}"
     put(tmp_path, {path.name: GOOD[kind]})
-    assert len(text.pairs(path, ROWS[kind](path))) == 1
+    assert len(corpora.pairs(path, ROWS[kind](path))) == 1
     put(tmp_path, {path.name: content})
     with pytest.raises(UsageError, match=f"^{path}.*{said}") as error:
-        text.pairs(path, ROWS[kind](path))
+        corpora.pairs(path, ROWS[kind](path))
     assert "\n" not in str(error.value)

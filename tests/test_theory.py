@@ -55,7 +55,9 @@ def rows(*values) -> Tensor:
 def somewhere(world, kind, length, fits=4) -> Tensor:
     """Parameters (R, P) near the truth, no two alike."""
     theta = truth(world, kind, length)
-    return theta + 0.3 * torch.randn(fits, len(theta), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return theta + 0.3 * torch.randn(
+        fits, len(theta), generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
 
 
 def test_the_model_is_an_attention_head_of_vit_py_with_a_prefix(world):
@@ -63,7 +65,9 @@ def test_the_model_is_an_attention_head_of_vit_py_with_a_prefix(world):
     (fitted,) = atoms(world, "non-shared", somewhere(world, "non-shared", 3, fits=1))  # (L', 5)
     x, dim = world.x, 7
     pairs = zip(world.A, world.H, strict=True)
-    tokens = [torch.cat([x, torch.ones(len(x), 1), x @ A.T, torch.tanh(x @ H.T)], 1) for A, H in pairs]
+    tokens = [
+        torch.cat([x, torch.ones(len(x), 1), x @ A.T, torch.tanh(x @ H.T)], 1) for A, H in pairs
+    ]
     head = Attention(dim, n_head=1).double().requires_grad_(False)
     for parameter in head.parameters():
         parameter.zero_()
@@ -82,7 +86,9 @@ def test_the_model_is_an_attention_head_of_vit_py_with_a_prefix(world):
     torch.testing.assert_close(f[0].T, out, atol=1e-12, rtol=0)
     torch.testing.assert_close(gate[0].T, gates[0][:, 0, 0, :3], atol=1e-12, rtol=0)
     prefix[0, 0, :, 2] = 0  # without b
-    assert not torch.allclose(f[0].T, head(torch.stack(tokens, 1), prefix, n_query=1)[:, 0, :2], atol=1e-3)
+    assert not torch.allclose(
+        f[0].T, head(torch.stack(tokens, 1), prefix, n_query=1)[:, 0, :2], atol=1e-3
+    )
 
 
 TRUE = rows([0, 0, 0, 0, 0], [math.log(2), 10, 0, 0, 10])  # two atoms of mass 1 and 2
@@ -97,7 +103,9 @@ def test_the_voronoi_loss_is_zero_at_the_truth_in_any_order_and_only_there():
 
 def test_the_voronoi_loss_counts_a_lone_atom_to_the_first_power_and_atoms_in_company_to_the_second():
     alone = rows([math.log(1.5), 3, 4, 0, 1])  # |dp_K| 5, |dp_V| 1 from the first
-    pair = rows([math.log(0.5), 10, 2, 0, 10], [0, 10, 0, 3, 10])  # |dp_K| 2 and |dp_V| 3 from the second
+    pair = rows(
+        [math.log(0.5), 10, 2, 0, 10], [0, 10, 0, 3, 10]
+    )  # |dp_K| 2 and |dp_V| 3 from the second
     loss = voronoi_loss(torch.cat([alone, pair])[None], TRUE, shared=False).item()
     assert loss == pytest.approx(0.5 + 1.5 * (5 + 1) + abs(0.5 + 1 - 2) + 0.5 * 2**2 + 1 * 3**2)
     assert voronoi_loss(alone[None], TRUE, shared=False).item() == pytest.approx(
@@ -107,7 +115,10 @@ def test_the_voronoi_loss_counts_a_lone_atom_to_the_first_power_and_atoms_in_com
 
 def test_the_voronoi_loss_of_shared_atoms_counts_their_vector_once():
     true = rows([0, 0, 0, 0, 0])
-    lone, pair = rows([0, 3, 4, 3, 4]), rows([math.log(0.5), 3, 4, 3, 4], [math.log(0.5), 0, 2, 0, 2])
+    lone, pair = (
+        rows([0, 3, 4, 3, 4]),
+        rows([math.log(0.5), 3, 4, 3, 4], [math.log(0.5), 0, 2, 0, 2]),
+    )
     assert voronoi_loss(lone[None], true, shared=True).item() == pytest.approx(5)
     assert voronoi_loss(pair[None], true, shared=True).item() == pytest.approx(0.5 * 25 + 0.5 * 4)
     assert voronoi_loss(lone[None], true, shared=False).item() == pytest.approx(10)
@@ -127,9 +138,13 @@ def test_the_estimator_s_gradient_and_matrix_are_those_of_finite_differences(kin
     jacobian = torch.stack(columns, dim=1)  # (R, P, 2 M), of f
     loss, hessian, gradient = normal_equations(world, kind, theta, y, weight)
     torch.testing.assert_close(loss, residual(theta).square().sum(1))
-    torch.testing.assert_close(gradient, (jacobian @ residual(theta).unsqueeze(-1)).squeeze(-1), atol=1e-8, rtol=1e-6)
+    torch.testing.assert_close(
+        gradient, (jacobian @ residual(theta).unsqueeze(-1)).squeeze(-1), atol=1e-8, rtol=1e-6
+    )
     torch.testing.assert_close(hessian, jacobian @ jacobian.mT, atol=1e-8, rtol=1e-6)
-    assert not torch.allclose(gradient, normal_equations(world, kind, theta, y + 1, weight)[2], atol=1e-3)
+    assert not torch.allclose(
+        gradient, normal_equations(world, kind, theta, y + 1, weight)[2], atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("kind", EXACT)
@@ -176,15 +191,21 @@ def test_maps_that_are_learned_can_make_one_key_with_two_values(world):
     b = torch.full((2, 1), theory.BIAS - math.log(2), dtype=torch.float64)
     theta = torch.cat([W1.flatten(), W2.flatten(), torch.cat([b, p], 1).flatten()])
     fitted = atoms(world, "learned", theta[None])  # (1, 2, 5)
-    torch.testing.assert_close(attention(world, fitted)[0], attention(world, true[None, None])[0], atol=1e-12, rtol=0)
-    assert voronoi_loss(fitted, true[None], shared=False).item() == pytest.approx(math.exp(theory.BIAS))
+    torch.testing.assert_close(
+        attention(world, fitted)[0], attention(world, true[None, None])[0], atol=1e-12, rtol=0
+    )
+    assert voronoi_loss(fitted, true[None], shared=False).item() == pytest.approx(
+        math.exp(theory.BIAS)
+    )
     assert torch.linalg.det(W1).abs() < 1e-12  # an invertible W1 would move the keys apart
 
 
 def test_deep_share_makes_any_keys_and_values_of_as_many_vectors_as_its_hidden_width_and_one():
     def distance(length):
         prefix = Prefix(1, 1, 64, length, "deep", hidden=12, init_scale=1.0).double()
-        hidden = (prefix.p[0] @ prefix.map[0].weight[0] + prefix.map[0].bias[0]).tanh().detach()  # (L, 12)
+        hidden = (
+            (prefix.p[0] @ prefix.map[0].weight[0] + prefix.map[0].bias[0]).tanh().detach()
+        )  # (L, 12)
         hidden = torch.cat([hidden, torch.ones(length, 1)], 1)  # A2 and a2 act on this
         wanted = torch.randn(length, 128).double()  # keys and values
         return (hidden @ torch.linalg.lstsq(hidden, wanted).solution - wanted).abs().max()
@@ -206,7 +227,9 @@ def test_the_data_are_means_of_n_samples(world):
     assert not seen.all()  # with 100 samples some points have none
     again, other = (sample(world, "shared", 1, seed=seed, reps=range(40)) for seed in (0, 1))
     assert torch.equal(y, again[0])
-    assert not any(torch.allclose(one, two) for one, two in zip(again, other, strict=True))  # data and starts
+    assert not any(
+        torch.allclose(one, two) for one, two in zip(again, other, strict=True)
+    )  # data and starts
 
 
 def test_a_slope_is_that_of_the_power_law_and_its_error_that_of_its_spread():
@@ -229,13 +252,19 @@ def test_the_seed_decides_every_number(threads):
 
 
 @pytest.mark.slow
-def test_the_command_leaves_a_table_and_a_figure_with_the_numbers_of_a_single_process(tmp_path, capsys, threads):
+def test_the_command_leaves_a_table_and_a_figure_with_the_numbers_of_a_single_process(
+    tmp_path, capsys, threads
+):
     config = Config(reps=2, iterations=10, out=str(tmp_path / "new" / "theory"))
     assert main(["--reps", "2", "--iterations", "10", "--out", config.out]) == 0
     report = Path(config.out, "report.md").read_text()
     assert report in capsys.readouterr().out
     assert Path(config.out, "theory.png").read_bytes().startswith(b"\x89PNG")
-    alone = {(kind, n): theory.work((config, kind, n, range(2))) for n in theory.LENGTHS[::-1] for kind in KINDS}
+    alone = {
+        (kind, n): theory.work((config, kind, n, range(2)))
+        for n in theory.LENGTHS[::-1]
+        for kind in KINDS
+    }
     assert theory.table(config, alone) in report
     alone["shared", 3] = 2 * alone["shared", 3] ** 2
     assert theory.table(config, alone) not in report

@@ -9,9 +9,9 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-from support.download import UsageError
-from support.text import Pair, Template, Text, encoding
-from support.tokens import EOT
+from support.corpora import Pair, Template, Text, encoding
+from support.files import UsageError
+from support.language import EOT
 
 BYTES = encoding("bytes")
 
@@ -19,7 +19,10 @@ BYTES = encoding("bytes")
 def make(n: int = 83, encoding: tiktoken.Encoding = BYTES) -> Text:
     """n sources of very different lengths with one or two references, each of its own."""
     rng = np.random.default_rng(0)
-    pairs = [Pair(f"s{i}" * rng.integers(1, 9), [f"t{i}" * rng.integers(1, 9), f"u{i}"][: 1 + i % 2]) for i in range(n)]
+    pairs = [
+        Pair(f"s{i}" * rng.integers(1, 9), [f"t{i}" * rng.integers(1, 9), f"u{i}"][: 1 + i % 2])
+        for i in range(n)
+    ]
     return Text("made", encoding, Template(), {"train": pairs, "val": pairs[:9], "test": pairs[:9]})
 
 
@@ -31,14 +34,18 @@ def test_bytes_need_no_vocabulary_and_no_text_can_forge_the_end():
     assert (BYTES.n_vocab, BYTES.eot_token) == (257, 256)
 
 
-def test_a_vocabulary_that_cannot_be_fetched_is_a_sentence_with_what_to_save_where(tmp_path, monkeypatch):
+def test_a_vocabulary_that_cannot_be_fetched_is_a_sentence_with_what_to_save_where(
+    tmp_path, monkeypatch
+):
     def offline(url):
         raise requests.exceptions.ConnectionError(f"no way to {url}")
 
     monkeypatch.setattr(requests, "get", offline)
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    with pytest.raises(UsageError, match=r"cannot be fetched \(no way to .*TIKTOKEN_CACHE_DIR") as error:
+    with pytest.raises(
+        UsageError, match=r"cannot be fetched \(no way to .*TIKTOKEN_CACHE_DIR"
+    ) as error:
         encoding("gpt2")
     assert "/vocab.bpe as 6d1cbeee0f20b3d9449abfede4726ed8212e3aee" in str(error.value)
     assert "/encoder.json as 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6" in str(error.value)
@@ -48,7 +55,10 @@ def test_every_label_is_the_token_after_its_column_and_a_row_s_labels_are_its_ta
     data = make()
     left = sorted((tuple(source), tuple(target)) for source, target in data.examples("train"))
     for tokens, at, labels in data.batches("train", 8, seed=1):
-        assert (tokens.dtype, at.dtype, labels.dtype, at.shape) == (*3 * [torch.int64], labels.shape)
+        assert (tokens.dtype, at.dtype, labels.dtype, at.shape) == (
+            *3 * [torch.int64],
+            labels.shape,
+        )
         for row, columns, target in zip(tokens, at, labels, strict=True):
             columns, target = columns[target != -100], target[target != -100]
             bos = int(columns[0])
@@ -65,7 +75,9 @@ def loss(tokens, at, labels):
     embedding = torch.randn(257, 16)
     seen = embedding[tokens].cumsum(1)  # (B, T, 16)
     logits = seen.gather(1, at[..., None].expand(-1, -1, 16)) @ embedding.T
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100) / len(tokens)
+    return F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100
+    ) / len(tokens)
 
 
 def test_the_loss_is_the_sum_over_each_sequence_alone_whatever_its_padding_holds():
@@ -73,13 +85,18 @@ def test_the_loss_is_the_sum_over_each_sequence_alone_whatever_its_padding_holds
     tokens, at, labels = next(data.batches("train", 16, seed=0))
     expected = loss(tokens, at, labels)
     alone = [
-        loss(row[: n + 1][None], c[None], y[None]) for row, n, c, y in zip(tokens, at.amax(1), at, labels, strict=True)
+        loss(row[: n + 1][None], c[None], y[None])
+        for row, n, c, y in zip(tokens, at.amax(1), at, labels, strict=True)
     ]
     torch.testing.assert_close(torch.stack(alone).mean(), expected)
     padding = torch.arange(tokens.shape[1]) > at.amax(1, keepdim=True)
     assert padding.any()
-    torch.testing.assert_close(loss(tokens.masked_fill(padding, 7), at, labels), expected, rtol=0, atol=0)
-    assert not torch.isclose(loss(tokens.masked_fill(~padding, 7), at, labels), expected)  # what is read does count
+    torch.testing.assert_close(
+        loss(tokens.masked_fill(padding, 7), at, labels), expected, rtol=0, atol=0
+    )
+    assert not torch.isclose(
+        loss(tokens.masked_fill(~padding, 7), at, labels), expected
+    )  # what is read does count
 
 
 def test_changing_a_source_changes_no_label():
@@ -97,13 +114,19 @@ def test_changing_a_source_changes_no_label():
 @pytest.mark.parametrize("seed", [0, 1, 42])
 def test_an_epoch_holds_every_example_once_and_depends_on_seed_and_epoch_alone(seed):
     def epoch(**order):
-        return [[tuple(y[y >= 0].tolist()) for y in labels] for _, _, labels in data.batches("train", 8, **order)]
+        return [
+            [tuple(y[y >= 0].tolist()) for y in labels]
+            for _, _, labels in data.batches("train", 8, **order)
+        ]
 
     data = make()
     expected = sorted(tuple(target) for _, target in data.examples("train"))
     first = epoch(seed=seed, epoch=0)
     assert sorted(chain.from_iterable(first)) == expected
-    assert sorted(map(len, first)) == [4, *15 * [8]]  # 83 sources, 41 of them with a second reference
+    assert sorted(map(len, first)) == [
+        4,
+        *15 * [8],
+    ]  # 83 sources, 41 of them with a second reference
     assert first == epoch(seed=seed, epoch=0)
     assert first != epoch(seed=seed, epoch=1)
     assert first != epoch(seed=seed + 1, epoch=0)
@@ -118,13 +141,20 @@ def test_batches_are_of_like_length_and_shuffled_while_training():
     def padding(batches):
         return 1 - filled / sum(tokens.numel() for tokens in batches)
 
-    training, in_order = ([b[0] for b in data.batches("train", 10, **kind)] for kind in ({"seed": 0}, {}))
+    training, in_order = (
+        [b[0] for b in data.batches("train", 10, **kind)] for kind in ({"seed": 0}, {})
+    )
     assert padding(in_order) <= padding(training) < 0.03
     widths = [tokens.shape[1] for tokens in in_order]
     assert widths == sorted(widths)
     widths = [tokens.shape[1] for tokens in training]
-    assert np.corrcoef(widths[1:], widths[:-1])[0, 1] < 0.2  # long and short batches follow each other at random
-    apart = [torch.zeros(10, max(2 * len(pair.source) + 5 for pair in pairs[i : i + 10])) for i in range(0, 2000, 10)]
+    assert (
+        np.corrcoef(widths[1:], widths[:-1])[0, 1] < 0.2
+    )  # long and short batches follow each other at random
+    apart = [
+        torch.zeros(10, max(2 * len(pair.source) + 5 for pair in pairs[i : i + 10]))
+        for i in range(0, 2000, 10)
+    ]
     assert padding(apart) > 0.3  # in the order of the file
 
 
@@ -147,6 +177,11 @@ def test_there_is_one_prompt_per_source_and_an_output_ends_where_the_model_ended
     assert [pair for _, pair in prompts] == data.splits["val"]
     assert all(BYTES.decode(tokens) == f" {pair.source} {EOT}" for tokens, pair in prompts)
     for source, targets in data.tokens("val"):
-        assert data.decode([*targets[0], *source]) == BYTES.decode(targets[0]).removesuffix(EOT).strip()
-    assert data.decode([32, 0xC3, 0xA9, 0xC3, 256, 65]) == "é\ufffd"  # the second letter is cut in the middle
+        assert (
+            data.decode([*targets[0], *source])
+            == BYTES.decode(targets[0]).removesuffix(EOT).strip()
+        )
+    assert (
+        data.decode([32, 0xC3, 0xA9, 0xC3, 256, 65]) == "é\ufffd"
+    )  # the second letter is cut in the middle
     assert data.decode([]) == ""

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 
 import train as train_module
 from data import Dataset, Split, load, normalise
-from support import download
+from support import files
 from train import (
     Config,
-    Tuned,
+    TunedModel,
     evaluate,
     image_loss,
     learning_rate,
@@ -37,7 +37,7 @@ METHODS += [{"share": "deep", "shallow": True}, {"tune": "linear"}, {"tune": "fu
 
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
-    return load("digits", reads=32)
+    return load("digits", image_size=32)
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +55,36 @@ def command(config: dict, out: Path) -> list[str]:
 def outcome(folder: Path) -> tuple:
     """All that a finished run says, bit for bit."""
     names = sorted(p.name for p in folder.iterdir())
-    return names, (folder / "metrics.jsonl").read_bytes(), (folder / "prefix.safetensors").read_bytes()[-1000:]
+    return (
+        names,
+        (folder / "metrics.jsonl").read_bytes(),
+        (folder / "prefix.safetensors").read_bytes()[-1000:],
+    )
 
 
 @pytest.mark.slow
-def test_runs_on_one_backbone_equal_the_same_runs_in_fresh_processes_bitwise(tiny, digits, tmp_path):
-    runs = [QUICK | METHODS[3], QUICK | METHODS[1], QUICK | {"lr": 1e30}, QUICK | METHODS[3] | {"seed": 7}]
+def test_runs_on_one_backbone_equal_the_same_runs_in_fresh_processes_bitwise(
+    tiny, digits, tmp_path
+):
+    runs = [
+        QUICK | METHODS[3],
+        QUICK | METHODS[1],
+        QUICK | {"lr": 1e30},
+        QUICK | METHODS[3] | {"seed": 7},
+    ]
     for i, run in enumerate(runs):
         here = train(Config(**run, out=str(tmp_path / f"here{i}")), tiny, digits)
-        there = subprocess.run(command(run, tmp_path / f"there{i}"), cwd=ROOT, capture_output=True, text=True)
+        there = subprocess.run(
+            command(run, tmp_path / f"there{i}"), cwd=ROOT, capture_output=True, text=True
+        )
         assert there.returncode == (3 if i == 2 else 0), there.stderr
         rows = (tmp_path / f"there{i}" / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(row) for row in rows] == here.history
         assert here.status == ("diverged" if i == 2 else "done")
     assert outcome(tmp_path / "here0") == outcome(tmp_path / "there0")
-    assert outcome(tmp_path / "here0")[1] != outcome(tmp_path / "here3")[1]  # another seed, another run
+    assert (
+        outcome(tmp_path / "here0")[1] != outcome(tmp_path / "here3")[1]
+    )  # another seed, another run
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tiny, digits, tmp_path):
@@ -86,16 +101,20 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tiny, digits, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: "-".join(str(v) for v in m.values()))
 def test_gradients_reach_all_that_is_trained_and_nothing_that_is_frozen(method, small_vit):
-    config = resolve(Config(**method, length=3) if method.get("tune") != "full" else Config(**method))
+    config = resolve(
+        Config(**method, length=3) if method.get("tune") != "full" else Config(**method)
+    )
     torch.manual_seed(1)
-    model = Tuned(config, small_vit, classes=5)
+    model = TunedModel(config, small_vit, classes=5)
     pixels, labels = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8), torch.arange(8) % 5
     image_loss(model, small_vit, False, pixels, labels)[0].backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.abs().max() > 0, name
     assert all(parameter.grad is None for parameter in small_vit.parameters())
     frozen = {id(p) for p in small_vit.parameters()}
-    assert not frozen & {id(p) for group in make_optimizer(config, model).param_groups for p in group["params"]}
+    assert not frozen & {
+        id(p) for group in make_optimizer(config, model).param_groups for p in group["params"]
+    }
 
 
 def test_training_leaves_the_backbone_as_it_was(digits, tmp_path):
@@ -104,7 +123,9 @@ def test_training_leaves_the_backbone_as_it_was(digits, tmp_path):
     result = train(Config(**QUICK, tune="full", out=str(tmp_path)), backbone, digits)
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     assert not torch.equal(result.model.backbone.norm.weight, before["norm.weight"])
-    tuned = ViT.from_file(tmp_path / "backbone.safetensors")  # what full fine-tuning made is a backbone for others
+    tuned = ViT.from_file(
+        tmp_path / "backbone.safetensors"
+    )  # what full fine-tuning made is a backbone for others
     torch.testing.assert_close(tuned.norm.weight, result.model.backbone.norm.weight, atol=0, rtol=0)
 
 
@@ -121,12 +142,14 @@ def test_the_learning_rate_rises_for_a_tenth_of_the_steps_and_falls_to_zero_alon
 def test_a_step_is_sgd_with_momentum_and_no_decay_on_the_head_bias(small_vit, tmp_path):
     rng = np.random.default_rng(0)
     part = Split.of(rng.integers(0, 256, (12, 16, 16, 3), dtype=np.uint8), np.arange(12) % 3)
-    data = Dataset("digits", list("abc"), 16, False, "train", {"train": part, "val": part, "test": part})
+    data = Dataset(
+        "digits", list("abc"), 16, False, "train", {"train": part, "val": part, "test": part}
+    )
     config = resolve(Config(tune="linear", lr=2.0, wd=0.1, epochs=2, batch=6, out=str(tmp_path)))
     result = train(config, small_vit, data)
 
     torch.manual_seed(config.seed)
-    head = Tuned(config, small_vit, 3).head
+    head = TunedModel(config, small_vit, 3).head
     weight, bias = head.weight.detach(), head.bias.detach()
     momentum = torch.zeros_like(weight), torch.zeros_like(bias)
     step = 0
@@ -134,7 +157,9 @@ def test_a_step_is_sgd_with_momentum_and_no_decay_on_the_head_bias(small_vit, tm
         for pixels, labels in data.batches("train", 6, config.seed, epoch):
             rate = learning_rate(config, step, 4)
             x = small_vit(normalise(pixels))  # (B, D)
-            error = (F.softmax(x @ weight.T + bias, dim=1) - F.one_hot(labels, 3)) / len(labels)  # (B, C)
+            error = (F.softmax(x @ weight.T + bias, dim=1) - F.one_hot(labels, 3)) / len(
+                labels
+            )  # (B, C)
             gradients = error.T @ x + 0.1 * weight, error.sum(0)
             momentum = tuple(0.9 * m + g for m, g in zip(momentum, gradients, strict=True))
             weight, bias = weight - rate * momentum[0], bias - rate * momentum[1]
@@ -146,11 +171,15 @@ def test_a_step_is_sgd_with_momentum_and_no_decay_on_the_head_bias(small_vit, tm
 def test_the_head_starts_as_the_paper_s_and_evaluation_counts_right_answers(tiny, digits, tmp_path):
     config = resolve(Config(tune="linear", out=str(tmp_path)))
     torch.manual_seed(0)
-    model = Tuned(config, tiny, 10)
-    assert model.head.weight.std().item() == pytest.approx((2 / 10) ** 0.5, rel=0.1)  # kaiming normal, fan_out
+    model = TunedModel(config, tiny, 10)
+    assert model.head.weight.std().item() == pytest.approx(
+        (2 / 10) ** 0.5, rel=0.1
+    )  # kaiming normal, fan_out
     assert model.head.bias.abs().max() == 0
     right = 0
-    for image, label in zip(*map(torch.cat, zip(*digits.batches("val", 50), strict=True)), strict=True):
+    for image, label in zip(
+        *map(torch.cat, zip(*digits.batches("val", 50), strict=True)), strict=True
+    ):
         logits = model.head(tiny(normalise(image[None])))
         right += int(logits.argmax() == label)
     assert evaluate(config, model, tiny, digits, "val") == pytest.approx(100 * right / 200)
@@ -177,13 +206,16 @@ def test_only_the_split_that_the_protocol_names_is_evaluated_and_only_once(
 def test_bf16_losses_of_a_vit_b_wide_model_stay_within_two_percent_of_fp32():
     torch.manual_seed(0)
     vit = ViT(image=32, patch=16, dim=768, n_layer=2, n_head=12).requires_grad_(False)
-    pixels, labels = torch.randint(0, 256, (20, 16, 32, 32, 3), dtype=torch.uint8), torch.arange(16) % 8
+    pixels, labels = (
+        torch.randint(0, 256, (20, 16, 32, 32, 3), dtype=torch.uint8),
+        torch.arange(16) % 8,
+    )
     losses = {}
     for dtype in ("fp32", "bf16"):
         config = resolve(Config(share="deep", length=4, lr=0.1, dtype=dtype))
         backbone = vit if dtype == "fp32" else cast(vit)
         torch.manual_seed(0)
-        model = Tuned(config, backbone, 8).eval()  # no dropout: both see the same function
+        model = TunedModel(config, backbone, 8).eval()  # no dropout: both see the same function
         optimizer, losses[dtype] = make_optimizer(config, model), []
         for batch in pixels:
             optimizer.param_groups[0]["lr"] = 0.0003
@@ -201,7 +233,7 @@ def cast(vit: ViT) -> ViT:
     """The same weights as `load_backbone` holds them in bf16."""
     copy = ViT(**vit.sizes)
     copy.load_state_dict(vit.state_dict())
-    copy.hold_in_bf16()
+    copy.cast_frozen_weights()
     assert copy.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
     assert copy.blocks[0].norm1.weight.dtype == torch.float32
     return copy.requires_grad_(False)
@@ -212,7 +244,7 @@ def cast(vit: ViT) -> ViT:
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: "-".join(str(v) for v in m.values()))
 def test_the_compiled_step_has_no_graph_break(method, small_vit):
     config = resolve(Config(**method))
-    model = Tuned(config, small_vit, 5)
+    model = TunedModel(config, small_vit, 5)
     pixels, labels = torch.zeros(4, 16, 16, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.long)
     torch._dynamo.reset()
     explained = torch._dynamo.explain(image_loss)(model, small_vit, True, pixels, labels)
@@ -225,11 +257,19 @@ def test_new_runs_do_not_compile_the_step_again(tiny, digits, tmp_path, monkeypa
     counters = torch._dynamo.utils.counters
     counters.clear()
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compiler(f, dynamic=dynamic, backend="eager"))
+    monkeypatch.setattr(
+        torch, "compile", lambda f, dynamic: compiler(f, dynamic=dynamic, backend="eager")
+    )
     train(Config(**QUICK, compile=True, out=str(tmp_path / "first")), tiny, digits)
     graphs = counters["stats"]["unique_graphs"]
-    train(Config(**QUICK | {"lr": 0.5}, compile=True, seed=7, out=str(tmp_path / "second")), tiny, digits)
-    assert counters["stats"]["unique_graphs"] == graphs == 2  # one of training and one of evaluation
+    train(
+        Config(**QUICK | {"lr": 0.5}, compile=True, seed=7, out=str(tmp_path / "second")),
+        tiny,
+        digits,
+    )
+    assert (
+        counters["stats"]["unique_graphs"] == graphs == 2
+    )  # one of training and one of evaluation
     train(Config(**QUICK, share="deep", compile=True, out=str(tmp_path / "third")), tiny, digits)
     assert counters["stats"]["unique_graphs"] > graphs
 
@@ -237,7 +277,7 @@ def test_new_runs_do_not_compile_the_step_again(tiny, digits, tmp_path, monkeypa
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_compiled_step_computes_what_the_eager_one_does(small_vit):
-    model = Tuned(resolve(Config(share="deep", length=3)), small_vit, 5).eval()
+    model = TunedModel(resolve(Config(share="deep", length=3)), small_vit, 5).eval()
     pixels, labels = torch.randint(0, 256, (8, 16, 16, 3), dtype=torch.uint8), torch.arange(8) % 5
     gradients = []
     for step in (image_loss, torch.compile(image_loss, dynamic=False)):
@@ -276,10 +316,13 @@ def test_a_folder_with_another_run_or_damaged_files_is_refused_and_left_alone(
     train(config, tiny, digits, stop=1)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     words = command(QUICK, tmp_path)[2:]
-    for change, expected in ((["--length", "5"], "length 4 (not 5)"), (["--share", "deep"], "share none (not deep)")):
+    for change, expected in (
+        (["--length", "5"], "length 4 (not 5)"),
+        (["--share", "deep"], "share none (not deep)"),
+    ):
         assert main([*words, *change]) == 2
         assert expected in capsys.readouterr().err
-    monkeypatch.setattr(download, "PAUSE", 0)
+    monkeypatch.setattr(files, "PAUSE", 0)
     assert main([*words, "--task", "fashion_mnist", "--data-dir", str(tmp_path / "none")]) == 2
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     capsys.readouterr()
@@ -292,11 +335,16 @@ def test_a_folder_with_another_run_or_damaged_files_is_refused_and_left_alone(
     assert "cannot be resumed" in capsys.readouterr().err
 
 
-def test_a_divergent_run_says_so_exits_with_3_and_does_not_disturb_the_next(capsys, tmp_path, tiny, digits):
+def test_a_divergent_run_says_so_exits_with_3_and_does_not_disturb_the_next(
+    capsys, tmp_path, tiny, digits
+):
     words = command(QUICK | {"lr": 1e6, "share": "deep", "epochs": 30}, tmp_path / "wild")[2:]
     assert main(words) == 3
     assert "diverged in epoch" in capsys.readouterr().out
-    assert json.loads((tmp_path / "wild" / "metrics.jsonl").read_text().splitlines()[-1])["status"] == "diverged"
+    assert (
+        json.loads((tmp_path / "wild" / "metrics.jsonl").read_text().splitlines()[-1])["status"]
+        == "diverged"
+    )
     assert main(words) == 3  # and again, without training
     after = train(Config(**QUICK, out=str(tmp_path / "after")), tiny, digits)
     alone = train(Config(**QUICK, out=str(tmp_path / "alone")), load_backbone(Config()), digits)

@@ -9,9 +9,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from extras.measure import kept_for_backward
 from prefix import Prefix
-from support.measure import kept_for_backward
-from vit import Attention, ViT, attend, attend_fused
+from vit import Attention, ViT, fused_attention, written_attention
 
 
 def mixture_of_experts(q, k, v, prefix_k, prefix_v):
@@ -25,30 +25,40 @@ def mixture_of_experts(q, k, v, prefix_k, prefix_v):
     return out
 
 
-@pytest.mark.parametrize("form", [attend, attend_fused])
+@pytest.mark.parametrize("form", [written_attention, fused_attention])
 def test_both_forms_of_attention_mix_token_experts_and_prefix_experts(form):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 5, 8)  # 3 x (N, Dh)
     prefix_k, prefix_v = torch.randn(2, 4, 8)  # 2 x (L, Dh)
-    out = form(q[None, None], torch.cat([prefix_k, k])[None, None], torch.cat([prefix_v, v])[None, None])[0, 0]
+    out = form(
+        q[None, None], torch.cat([prefix_k, k])[None, None], torch.cat([prefix_v, v])[None, None]
+    )[0, 0]
     expected = mixture_of_experts(q, k, v, prefix_k, prefix_v)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)  # fp32, another order of sums
-    assert not torch.allclose(out, mixture_of_experts(q, k, v, prefix_v, prefix_k), atol=1e-3)  # roles swapped
+    assert not torch.allclose(
+        out, mixture_of_experts(q, k, v, prefix_v, prefix_k), atol=1e-3
+    )  # roles swapped
 
 
 def test_an_expert_that_is_masked_is_an_expert_that_is_absent():
     q, k, v = torch.randn(3, 2, 1, 5, 8)  # 3 x (B, H, N, Dh)
     mask = torch.tensor([True, True, False, True, False]).expand(5, 5)
-    for form in (attend, attend_fused):
+    for form in (written_attention, fused_attention):
         torch.testing.assert_close(form(q, k, v, mask), form(q, k[:, :, mask[0]], v[:, :, mask[0]]))
         assert not torch.allclose(form(q, k, v, mask), form(q, k, v), atol=1e-3)
 
 
 def test_gates_are_shown_when_asked_for_sum_to_one_and_change_nothing(small_vit):
-    images, prefix, gates = torch.randn(4, 3, 16, 16), torch.randn(3, 2, 2, 6, 8), []
-    torch.testing.assert_close(small_vit(images, prefix, gates), small_vit(images, prefix), atol=1e-5, rtol=1e-5)
-    assert [gate.shape for gate in gates] == [(4, 2, 5, 11), (4, 2, 5, 11), (4, 2, 1, 11)]  # the last layer: CLS alone
-    for gate in gates:
+    images, prefix, attn_weights = torch.randn(4, 3, 16, 16), torch.randn(3, 2, 2, 6, 8), []
+    torch.testing.assert_close(
+        small_vit(images, prefix, attn_weights), small_vit(images, prefix), atol=1e-5, rtol=1e-5
+    )
+    assert [gate.shape for gate in attn_weights] == [
+        (4, 2, 5, 11),
+        (4, 2, 5, 11),
+        (4, 2, 1, 11),
+    ]  # the last layer: CLS alone
+    for gate in attn_weights:
         torch.testing.assert_close(gate.sum(-1), torch.ones(gate.shape[:-1]))
         assert gate[..., :6].sum(-1).min() > 0
 
@@ -60,10 +70,14 @@ def test_a_prefix_enters_the_attention_layer_as_experts_of_every_head(small_vit)
     q, k, v = (x @ attention.qkv.weight.T + attention.qkv.bias).split(16, dim=-1)  # 3 x (B, N, D)
     for b in range(2):
         by_head = [
-            mixture_of_experts(*(t[b, :, 8 * h : 8 * h + 8] for t in (q, k, v)), prefix[0, h], prefix[1, h])
+            mixture_of_experts(
+                *(t[b, :, 8 * h : 8 * h + 8] for t in (q, k, v)), prefix[0, h], prefix[1, h]
+            )
             for h in range(2)
         ]
-        expected = torch.cat(by_head, dim=-1) @ attention.proj.weight.T + attention.proj.bias  # (N, D)
+        expected = (
+            torch.cat(by_head, dim=-1) @ attention.proj.weight.T + attention.proj.bias
+        )  # (N, D)
         torch.testing.assert_close(out[b], expected, atol=1e-5, rtol=0)
 
 
@@ -76,12 +90,14 @@ def random_timm(name, **options):
     return model
 
 
-@pytest.mark.parametrize("name", ["vit_base_patch16_224.orig_in21k", "vit_tiny_patch16_384", "vit_small_patch32_224"])
+@pytest.mark.parametrize(
+    "name", ["vit_base_patch16_224.orig_in21k", "vit_tiny_patch16_384", "vit_small_patch32_224"]
+)
 def test_outputs_equal_timm_s_with_and_without_the_cls_only_last_block(name, monkeypatch):
     source = random_timm(name)
     monkeypatch.setattr(timm, "create_model", lambda *_, **__: source)
     vit = ViT.from_timm(name, pretrained=False)
-    images = torch.randn(1, 3, vit.image, vit.image)
+    images = torch.randn(1, 3, vit.image_size, vit.image_size)
     with torch.no_grad():
         theirs = source.forward_features(images)  # (B, N, D)
         torch.testing.assert_close(vit.tokens(images), theirs, atol=1e-5, rtol=1e-5)
@@ -105,7 +121,9 @@ def test_outputs_equal_timm_s_with_and_without_the_cls_only_last_block(name, mon
         ("resnet18", {}, "is a ResNet"),
     ],
 )
-def test_a_model_that_is_not_a_plain_vit_is_refused_in_one_sentence(name, options, reason, monkeypatch):
+def test_a_model_that_is_not_a_plain_vit_is_refused_in_one_sentence(
+    name, options, reason, monkeypatch
+):
     source = timm.create_model(name, num_classes=0, **options)
     monkeypatch.setattr(timm, "create_model", lambda *_, **__: source)
     with pytest.raises(ValueError, match=reason) as error:
@@ -142,11 +160,23 @@ def flax_checkpoint(path, dim=192, n_layer=12, n_head=3, patch=16, image=224):
             shapes |= {f"{block}/{norm}/scale": (dim,), f"{block}/{norm}/bias": (dim,)}
         attention = f"{block}/MultiHeadDotProductAttention_1"
         for part in ("query", "key", "value"):
-            shapes |= {f"{attention}/{part}/kernel": (dim, n_head, head), f"{attention}/{part}/bias": (n_head, head)}
+            shapes |= {
+                f"{attention}/{part}/kernel": (dim, n_head, head),
+                f"{attention}/{part}/bias": (n_head, head),
+            }
         shapes |= {f"{attention}/out/kernel": (n_head, head, dim), f"{attention}/out/bias": (dim,)}
-        shapes |= {f"{block}/MlpBlock_3/Dense_0/kernel": (dim, 4 * dim), f"{block}/MlpBlock_3/Dense_0/bias": (4 * dim,)}
-        shapes |= {f"{block}/MlpBlock_3/Dense_1/kernel": (4 * dim, dim), f"{block}/MlpBlock_3/Dense_1/bias": (dim,)}
-    np.savez(path, **{name: 0.05 * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()})
+        shapes |= {
+            f"{block}/MlpBlock_3/Dense_0/kernel": (dim, 4 * dim),
+            f"{block}/MlpBlock_3/Dense_0/bias": (4 * dim,),
+        }
+        shapes |= {
+            f"{block}/MlpBlock_3/Dense_1/kernel": (4 * dim, dim),
+            f"{block}/MlpBlock_3/Dense_1/bias": (dim,),
+        }
+    np.savez(
+        path,
+        **{name: 0.05 * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()},
+    )
 
 
 def test_the_original_checkpoint_loads_as_timm_loads_it(tmp_path):
@@ -168,7 +198,10 @@ def test_the_cls_only_last_block_changes_nothing_with_a_prefix(small_vit):
 
 
 def test_a_prefix_per_sample_equals_each_sample_alone_with_its_prefix(small_vit):
-    images, prefix = torch.randn(3, 3, 16, 16), torch.randn(3, 2, 3, 2, 6, 8)  # (depth, 2, B, H, L, Dh)
+    images, prefix = (
+        torch.randn(3, 3, 16, 16),
+        torch.randn(3, 2, 3, 2, 6, 8),
+    )  # (depth, 2, B, H, L, Dh)
     alone = torch.cat([small_vit(images[b : b + 1], prefix[:, :, b]) for b in range(3)])
     torch.testing.assert_close(small_vit(images, prefix), alone, atol=1e-5, rtol=1e-5)
 
@@ -210,7 +243,10 @@ def test_a_saved_vit_loads_as_it_was_and_a_damaged_file_is_refused(small_vit, tm
 def test_attention_keeps_queries_keys_values_and_output_for_backward_and_not_the_product_they_come_from():
     B, N, L, D, H = 2, 5, 3, 64, 2
     attention = Attention(D, H).requires_grad_(False)
-    x, prefix = torch.randn(B, N, D, requires_grad=True), torch.randn(2, H, L, D // H, requires_grad=True)
+    x, prefix = (
+        torch.randn(B, N, D, requires_grad=True),
+        torch.randn(2, H, L, D // H, requires_grad=True),
+    )
     kept = kept_for_backward(lambda: attention(x, prefix), attention.parameters())
     log_sums = B * H * N
     assert kept == 4 * (B * N * D + 2 * B * (L + N) * D + B * N * D + log_sums)

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 import data
-from support.options import Config, resolve
-from support.usage import UsageError, exit_code
-from train import load_backbone, train
+from support.files import UsageError, exit_code
+from train import Config, load_backbone, resolve, train
 
+MODULES = {name: f"extras.{name}" for name in ("sample", "bench", "theory")}
 ROOT = Path(__file__).parent.parent
 LONG = "a" * 300
 BROKEN = {  # files of texts with one mistake each, in their second line
@@ -47,10 +47,15 @@ def place(tmp_path_factory) -> Path:
     for i in range(12):
         Image.new("RGB", (40, 40), (i, 0, 0)).save(place / "images" / "a" / f"{i}.png")
     short = {"epochs": 1, "length": 2, "lr": 1e-3, "device": "cpu"}
-    for task, backbone, out in (("digits", "scratch", "run"), (str(place / "pairs.jsonl"), "scratch_gpt", "texts")):
-        config = resolve(Config(**short, task=task, backbone=backbone, final=out == "run", out=str(place / out)))
+    for task, backbone, out in (
+        ("digits", "scratch", "run"),
+        (str(place / "pairs.jsonl"), "scratch_gpt", "texts"),
+    ):
+        config = resolve(
+            Config(**short, task=task, backbone=backbone, final=out == "run", out=str(place / out))
+        )
         model = load_backbone(config)
-        train(config, model, data.load(task, reads=model.reads))
+        train(config, model, data.load(task, **model.inputs))
     return place
 
 
@@ -66,21 +71,42 @@ TRAIN = {
     "--task empty --backbone scratch": ("empty needs", "a folder of images per class"),
     "--task dir --backbone scratch": ("dir needs", "a folder of images per class"),
     "--task one --backbone scratch": ("one/val needs", "a folder of images per class"),
-    "--task images --backbone scratch": ("images/a/bad.png cannot be read as an image", "put a whole copy in its"),
-    "--task few.jsonl --backbone scratch_gpt": ("few.jsonl has 5 distinct sources", "needs at least 10"),
+    "--task images --backbone scratch": (
+        "images/a/bad.png cannot be read as an image",
+        "put a whole copy in its",
+    ),
+    "--task few.jsonl --backbone scratch_gpt": (
+        "few.jsonl has 5 distinct sources",
+        "needs at least 10",
+    ),
     "--task number.jsonl --backbone scratch_gpt": ("number.jsonl line 2", "mend it"),
     "--task list.jsonl --backbone scratch_gpt": ("list.jsonl line 2", "mend it"),
     "--task deep.jsonl --backbone scratch_gpt": ("deep.jsonl line 2", "mend it"),
     "--task torn.jsonl --backbone scratch_gpt": ("torn.jsonl line 2", "mend it"),
-    "--task empty.jsonl --backbone scratch_gpt": ("empty.jsonl line 2: a target is empty", "write or delete it"),
-    "--task latin.jsonl --backbone scratch_gpt": ("latin.jsonl line 1: not UTF-8", "save the file in this encoding"),
+    "--task empty.jsonl --backbone scratch_gpt": (
+        "empty.jsonl line 2: a target is empty",
+        "write or delete it",
+    ),
+    "--task latin.jsonl --backbone scratch_gpt": (
+        "latin.jsonl line 1: not UTF-8",
+        "save the file in this encoding",
+    ),
     "--task pairs.jsonl --tune linear": ("--tune linear", "use prefix or full"),
     "--task pairs.jsonl --backbone tiny": ("no GPT 'tiny'", "possible are gpt2, "),
-    "--task pairs.jsonl --backbone empty": ("empty/config.json", "give one that you have: --backbone"),
+    "--task pairs.jsonl --backbone empty": (
+        "empty/config.json",
+        "give one that you have: --backbone",
+    ),
     "--task pairs.jsonl --backbone scratch_gpt --length 500": ("--length", "positions; shorten 's"),
-    "--task pairs.jsonl --backbone scratch_gpt --beams 300": ("--beams is 300", "it can be 128 at most"),
+    "--task pairs.jsonl --backbone scratch_gpt --beams 300": (
+        "--beams is 300",
+        "it can be 128 at most",
+    ),
     "--tune all": ("--tune: invalid choice: 'all'", "(choose from 'prefix', 'linear', 'full')"),
-    "--share all": ("--share: invalid choice: 'all'", "(choose from 'none', 'simple', 'linear', 'deep'"),
+    "--share all": (
+        "--share: invalid choice: 'all'",
+        "(choose from 'none', 'simple', 'linear', 'deep'",
+    ),
     "--shared=yes": ("--shared", "see --help"),
     "--len 3": ("unrecognized arguments: --len 3", "see --help"),
     "extra": ("unrecognized arguments: extra", "see --help"),
@@ -100,11 +126,20 @@ TRAIN = {
     "--fraction 1.5": ("--fraction is 1.5", "above 0 and at most 1"),
     "--fraction nan": ("--fraction is nan", "above 0 and at most 1"),
     "--fraction 0.0001": ("--fraction 0.0001 leaves no image of digits", "take a larger one"),
-    "--optimizer adam": ("--optimizer: invalid choice: 'adam'", "(choose from 'auto', 'sgd', 'adamw')"),
+    "--optimizer adam": (
+        "--optimizer: invalid choice: 'adam'",
+        "(choose from 'auto', 'sgd', 'adamw')",
+    ),
     "--backbone nowhere.safetensors": ("nowhere.safetensors", "give one that you have: --backbone"),
-    "--backbone bad.safetensors": ("bad.safetensors is damaged", "give one that you have: --backbone"),
+    "--backbone bad.safetensors": (
+        "bad.safetensors is damaged",
+        "give one that you have: --backbone",
+    ),
     "--backbone bad.npz": ("bad.npz", "give one that you have: --backbone"),
-    "--backbone vit_of_nobody": ("Unknown model (vit_of_nobody)", "give one that you have: --backbone"),
+    "--backbone vit_of_nobody": (
+        "Unknown model (vit_of_nobody)",
+        "give one that you have: --backbone",
+    ),
     "--backbone tiny_gpt": ("'tiny_gpt' cannot be used", "give one that you have: --backbone"),
     "--device cuda": ("--device is cuda", "use --device cpu"),
     "--dtype fp16": ("--dtype: invalid choice: 'fp16'", "(choose from 'auto', 'fp32', 'bf16')"),
@@ -165,7 +200,10 @@ BENCH = {
     "--rounds 0": ("--rounds is 0", "it must be positive"),
     "--rounds x": ("--rounds: invalid int value: 'x'", "see --help"),
     "vit --json empty": ("--json empty cannot be a file", "name one in a folder that exists"),
-    "vit --json nowhere/x.json": ("--json nowhere/x.json cannot be a file", "name one in a folder that exists"),
+    "vit --json nowhere/x.json": (
+        "--json nowhere/x.json cannot be a file",
+        "name one in a folder that exists",
+    ),
 }
 THEORY = {
     "--seed -1": ("--seed is -1", "it must be at least 0"),
@@ -175,7 +213,14 @@ THEORY = {
     "--out file": ("file cannot be used (File exists)", "choose another --out"),
     "extra": ("unrecognized arguments: extra", "see --help"),
 }
-TABLES = {"train": TRAIN, "sweep": SWEEP, "data": DATA, "sample": SAMPLE, "bench": BENCH, "theory": THEORY}
+TABLES = {
+    "train": TRAIN,
+    "sweep": SWEEP,
+    "data": DATA,
+    "sample": SAMPLE,
+    "bench": BENCH,
+    "theory": THEORY,
+}
 ROWS = [(script, line) for script, table in TABLES.items() for line in table]
 
 
@@ -185,14 +230,20 @@ def listing(place: Path) -> list[tuple[str, int]]:
     return sorted((str(path), path.stat().st_mtime_ns) for path in files)
 
 
-@pytest.mark.parametrize(("script", "line"), ROWS, ids=[f"{script} {line[:60]}" for script, line in ROWS])
-def test_a_mistake_is_one_sentence_with_its_mend_and_exit_code_2(script, line, place, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("script", "line"), ROWS, ids=[f"{script} {line[:60]}" for script, line in ROWS]
+)
+def test_a_mistake_is_one_sentence_with_its_mend_and_exit_code_2(
+    script, line, place, capsys, monkeypatch
+):
     monkeypatch.chdir(place)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
     before = listing(place)
-    assert import_module(script).main(line.split()) == 2
-    *bars, error = capsys.readouterr().err.strip().splitlines()  # a slow machine shows how far it has come
+    assert import_module(MODULES.get(script, script)).main(line.split()) == 2
+    *bars, error = (
+        capsys.readouterr().err.strip().splitlines()
+    )  # a slow machine shows how far it has come
     assert error.startswith("error: ")
     assert "Traceback" not in "".join(bars)
     for part in TABLES[script][line]:
@@ -202,14 +253,18 @@ def test_a_mistake_is_one_sentence_with_its_mend_and_exit_code_2(script, line, p
 
 def test_the_table_is_long_and_has_every_script():
     assert len(ROWS) >= 100
-    scripts = {path.stem for path in ROOT.glob("*.py") if 'if __name__ == "__main__"' in path.read_text()}
+    scripts = {
+        path.stem
+        for path in [*ROOT.glob("*.py"), *ROOT.glob("extras/*.py")]
+        if 'if __name__ == "__main__"' in path.read_text()
+    }
     assert scripts == TABLES.keys()
 
 
 @pytest.mark.parametrize("script", TABLES)
 def test_help_says_what_a_script_does_and_ends_well(script, capsys):
     with pytest.raises(SystemExit) as end:  # argparse prints and exits
-        import_module(script).main(["--help"])
+        import_module(MODULES.get(script, script)).main(["--help"])
     assert end.value.code in (0, None)
     assert "usage: " in capsys.readouterr().out
 
@@ -232,8 +287,16 @@ def test_no_memory_a_folder_that_may_not_be_read_and_a_bug_are_told_apart(capsys
 
         return work
 
-    assert exit_code(raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore."))) == 2
-    assert exit_code(raises(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))) == 2
+    assert (
+        exit_code(
+            raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore."))
+        )
+        == 2
+    )
+    assert (
+        exit_code(raises(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")))
+        == 2
+    )
     assert exit_code(raises(MemoryError())) == 2
     assert exit_code(raises(PermissionError(13, "Permission denied", "data/cub"))) == 2
     assert exit_code(raises(UsageError("mend\nthis"))) == 2
@@ -241,9 +304,15 @@ def test_no_memory_a_folder_that_may_not_be_read_and_a_bug_are_told_apart(capsys
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 6
     assert all("a smaller --batch or --length needs less" in error for error in errors[:3])
-    assert errors[3:] == ["error: [Errno 13] Permission denied: 'data/cub'", "error: mend this", "stopped; go on"]
+    assert errors[3:] == [
+        "error: [Errno 13] Permission denied: 'data/cub'",
+        "error: mend this",
+        "stopped; go on",
+    ]
     for bug in (RuntimeError("shapes do not fit"), TypeError("x")):
-        with pytest.raises(type(bug)):  # which is not the user's, and is to be reported with its traceback
+        with pytest.raises(
+            type(bug)
+        ):  # which is not the user's, and is to be reported with its traceback
             exit_code(raises(bug))
     assert exit_code(lambda: None) == 0
     assert exit_code(lambda: 3) == 3

@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from support import restaurants
+from support import language
 from support.benchmarks import SPLITS, UNPACKED, places
-from support.download import UsageError, fetch, obtain, verify
-from support.tokens import Pair, Template, Text, encoding
+from support.files import UsageError, fetch, obtain, verify
+from support.language import Pair, Template, Text, encoding
 
 __all__ = ["TEXT_TASKS", "Pair", "Template", "Text", "TextTask", "encoding", "load_jsonl"]
 
@@ -37,10 +37,14 @@ def pairs(path: Path, rows: Iterable[Row]) -> list[Pair]:
     found: dict[str, Pair] = {}
     for place, source, targets, group in rows:
         if not targets or not all(targets):
-            raise UsageError(f"{place}: a target is empty, which would teach to say nothing; write or delete it")
+            raise UsageError(
+                f"{place}: a target is empty, which would teach to say nothing; write or delete it"
+            )
         found.setdefault(source, Pair(source, [], group)).references.extend(targets)
     if not found:
-        raise UsageError(f"{path} holds no pairs of source and target; put a whole copy in its place")
+        raise UsageError(
+            f"{path} holds no pairs of source and target; put a whole copy in its place"
+        )
     return list(found.values())
 
 
@@ -55,14 +59,22 @@ def read(path: Path) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{path} line {line}: not UTF-8; save the file in this encoding") from error
+        raise UsageError(
+            f"{path} line {line}: not UTF-8; save the file in this encoding"
+        ) from error
 
 
 E2E_URL = "https://raw.githubusercontent.com/tuetschek/e2e-dataset/ab0d967dd5729ce455ef14ba9ffafc456a335264"
 E2E_FILES = {
     "train": ("trainset.csv", "git:fa3a5e1124d2aa0d768881e38f8ee73e63d5880d"),
-    "val": ("devset.csv", "sha256:fc26b78cdb849c80545f513b223d1e051138b43882eeb79e3eb153e689c864f9"),
-    "test": ("testset_w_refs.csv", "sha256:edc8db685e39bb9824d5bd70c18b1c9b0412d14b527aa960e2d1c8251ee15ccd"),
+    "val": (
+        "devset.csv",
+        "sha256:fc26b78cdb849c80545f513b223d1e051138b43882eeb79e3eb153e689c864f9",
+    ),
+    "test": (
+        "testset_w_refs.csv",
+        "sha256:edc8db685e39bb9824d5bd70c18b1c9b0412d14b527aa960e2d1c8251ee15ccd",
+    ),
 }
 E2E_NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
 
@@ -87,19 +99,27 @@ def e2e_rows(path: Path) -> Iterator[Row]:
         for row in reader:
             place = f"{path} line {reader.line_num}"
             if len(row) != 2:
-                raise UsageError(f"{place}: {len(row)} columns where mr,ref are meant; put a whole copy in its place")
+                raise UsageError(
+                    f"{place}: {len(row)} columns where mr,ref are meant; put a whole copy in its place"
+                )
             if row != ["mr", "ref"]:
                 yield place, e2e_source(row[0], place), [one_line(row[1])], ""
     except csv.Error as error:
-        raise UsageError(f"{path} line {reader.line_num}: {error}; put a whole copy in its place") from error
+        raise UsageError(
+            f"{path} line {reader.line_num}: {error}; put a whole copy in its place"
+        ) from error
 
 
 def e2e_source(meaning: str, place: str) -> str:
     """`name[Aromi], priceRange[£20-25]` -> `name : Aromi | price : £ 20 - 25`, as Prefix-tuning's own files have it."""
     attributes = re.findall(r"([^][,]+)\[([^][]*)\](?:, |$)", meaning)
     if not attributes or ", ".join(f"{name}[{value}]" for name, value in attributes) != meaning:
-        raise UsageError(f"{place}: '{meaning}' is no list such as name[Aromi], area[riverside]; mend it")
-    words = [(E2E_NAMES.get(name, name), re.findall(r"\w+|[^\w\s]", value)) for name, value in attributes]
+        raise UsageError(
+            f"{place}: '{meaning}' is no list such as name[Aromi], area[riverside]; mend it"
+        )
+    words = [
+        (E2E_NAMES.get(name, name), re.findall(r"\w+|[^\w\s]", value)) for name, value in attributes
+    ]
     return " | ".join(f"{name} : {' '.join(value)}" for name, value in words)
 
 
@@ -108,14 +128,37 @@ WEBNLG_URL = f"https://github.com/fuzihaofzh/webnlg-dataset/archive/{WEBNLG_COMM
 WEBNLG_TEST = "sha256:43287905cbfe47697232d569ea6ff072d598282da2ea022bc435ca26b943cd93"
 WEBNLG_TEXTS = {"train": 18_025, "val": 2_258, "test": 4_928}  # that are used
 WEBNLG_SEEN = (
-    *("Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food", "Monument", "SportsTeam", "University"),
+    *(
+        "Airport",
+        "Astronaut",
+        "Building",
+        "City",
+        "ComicsCharacter",
+        "Food",
+        "Monument",
+        "SportsTeam",
+        "University",
+    ),
     "WrittenWork",
 )
 
 
 def webnlg_folder(root: Path) -> Path | None:
-    names = ("webnlg", UNPACKED, "webnlg-dataset", f"webnlg-dataset-{WEBNLG_COMMIT}", "webnlg_challenge_2017")
-    return next((folder for folder in places(root, names) if (folder / "test/testdata_with_lex.xml").exists()), None)
+    names = (
+        "webnlg",
+        UNPACKED,
+        "webnlg-dataset",
+        f"webnlg-dataset-{WEBNLG_COMMIT}",
+        "webnlg_challenge_2017",
+    )
+    return next(
+        (
+            folder
+            for folder in places(root, names)
+            if (folder / "test/testdata_with_lex.xml").exists()
+        ),
+        None,
+    )
 
 
 def load_webnlg(root: Path, encoding: tiktoken.Encoding) -> dict:
@@ -131,12 +174,20 @@ def load_webnlg(root: Path, encoding: tiktoken.Encoding) -> dict:
         raise UsageError(f"{unpacked} does not hold WebNLG 2017; delete it to have it fetched anew")
     test = folder / "test" / "testdata_with_lex.xml"
     verify(test, WEBNLG_TEST, record=test)
-    files = {"train": sorted(folder.glob("train/*/*.xml")), "val": sorted(folder.glob("dev/*/*.xml")), "test": [test]}
+    files = {
+        "train": sorted(folder.glob("train/*/*.xml")),
+        "val": sorted(folder.glob("dev/*/*.xml")),
+        "test": [test],
+    }
     splits = {}
     for split, texts in WEBNLG_TEXTS.items():
-        splits[split] = pairs(folder, chain.from_iterable(webnlg_rows(file, split == "test") for file in files[split]))
+        splits[split] = pairs(
+            folder, chain.from_iterable(webnlg_rows(file, split == "test") for file in files[split])
+        )
         if (found := sum(len(pair.references) for pair in splits[split])) != texts:
-            raise UsageError(f"{folder} has {found} texts for {split}, not {texts}; put a whole copy in its place")
+            raise UsageError(
+                f"{folder} has {found} texts for {split}, not {texts}; put a whole copy in its place"
+            )
     return {"encoding": encoding, "template": Template(), "splits": splits}
 
 
@@ -146,16 +197,32 @@ def webnlg_rows(path: Path, test: bool) -> Iterator[Row]:
     try:
         entries = ET.fromstring(text).iter("entry")
     except ET.ParseError as error:
-        raise UsageError(f"{path} line {error.position[0]}: {error}; put a whole copy in its place") from error
+        raise UsageError(
+            f"{path} line {error.position[0]}: {error}; put a whole copy in its place"
+        ) from error
     for entry, start in zip(entries, re.finditer(r"<entry\b", text), strict=False):
         place = f"{path} line {text.count(chr(10), 0, start.start()) + 1}"
-        facts = [(fact.text or "").strip().split(" | ") for fact in entry.iterfind("modifiedtripleset/mtriple")]
+        facts = [
+            (fact.text or "").strip().split(" | ")
+            for fact in entry.iterfind("modifiedtripleset/mtriple")
+        ]
         if not facts or any(len(fact) != 3 for fact in facts):
-            raise UsageError(f"{place}: no mtriple, or one not `subject | property | object`; put a whole copy there")
+            raise UsageError(
+                f"{place}: no mtriple, or one not `subject | property | object`; put a whole copy there"
+            )
         source = "".join(f" | {' : '.join(fact)}" for fact in facts)
-        texts = [(t.text or "").strip() for t in entry.iterfind("lex") if test or t.get("comment") == "good"]
+        texts = [
+            (t.text or "").strip()
+            for t in entry.iterfind("lex")
+            if test or t.get("comment") == "good"
+        ]
         if texts:
-            yield place, source, texts, ("seen" if entry.get("category") in WEBNLG_SEEN else "unseen") if test else ""
+            yield (
+                place,
+                source,
+                texts,
+                ("seen" if entry.get("category") in WEBNLG_SEEN else "unseen") if test else "",
+            )
 
 
 XSUM_URL = "https://huggingface.co/datasets/EdinburghNLP/xsum/resolve"
@@ -170,7 +237,14 @@ XSUM_FILES = {
 
 
 def xsum_file(name: str, root: Path) -> Path | None:
-    return next((file for f in places(root / "xsum", ("data",)) for file in sorted(f.glob(f"{name}*.parquet"))), None)
+    return next(
+        (
+            file
+            for f in places(root / "xsum", ("data",))
+            for file in sorted(f.glob(f"{name}*.parquet"))
+        ),
+        None,
+    )
 
 
 def load_xsum(root: Path, encoding: tiktoken.Encoding) -> dict:
@@ -179,20 +253,31 @@ def load_xsum(root: Path, encoding: tiktoken.Encoding) -> dict:
     for split, (name, (url, checksum)) in zip(SPLITS, XSUM_FILES.items(), strict=True):
         path = xsum_file(name, root) or fetch([url], root / "xsum" / f"{name}.parquet", checksum)
         splits[split] = pairs(path, xsum_rows(path))
-    return {"encoding": encoding, "template": Template(space="", cut=(512, 60, 100)), "splits": splits}
+    return {
+        "encoding": encoding,
+        "template": Template(space="", cut=(512, 60, 100)),
+        "splits": splits,
+    }
 
 
 def xsum_rows(path: Path) -> Iterator[Row]:
     try:
         from pyarrow import parquet
     except ImportError as error:
-        raise UsageError("XSUM comes as parquet files; to read them: pip install pyarrow") from error
+        raise UsageError(
+            "XSUM comes as parquet files; to read them: pip install pyarrow"
+        ) from error
     try:
         rows = parquet.read_table(path, columns=["document", "summary"]).to_pylist()
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"{path} is no XSUM ({error}); put a whole copy in its place") from error
     for i, row in enumerate(rows, 1):
-        yield f"{path} row {i}", one_line(row["document"] or ""), [one_line(row["summary"] or "")], ""
+        yield (
+            f"{path} row {i}",
+            one_line(row["document"] or ""),
+            [one_line(row["summary"] or "")],
+            "",
+        )
 
 
 def load_jsonl(path: Path, root: Path, encoding: tiktoken.Encoding) -> dict:
@@ -202,10 +287,14 @@ def load_jsonl(path: Path, root: Path, encoding: tiktoken.Encoding) -> dict:
     """
     found = pairs(path, jsonl_rows(path))
     if len(found) < 10:
-        raise UsageError(f"{path} has {len(found)} distinct sources; a split into 80 / 10 / 10 % needs at least 10")
+        raise UsageError(
+            f"{path} has {len(found)} distinct sources; a split into 80 / 10 / 10 % needs at least 10"
+        )
     order = np.random.default_rng(0).permutation(len(found))
     parts = np.split(order, (round(0.8 * len(found)), round(0.9 * len(found))))
-    splits = {split: [found[i] for i in sorted(part)] for split, part in zip(SPLITS, parts, strict=True)}
+    splits = {
+        split: [found[i] for i in sorted(part)] for split, part in zip(SPLITS, parts, strict=True)
+    }
     return {"encoding": encoding, "template": Template(), "splits": splits}
 
 
@@ -219,19 +308,32 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
             row = {}
         source, targets = row.get("source"), row.get("target")
         targets = [targets] if isinstance(targets, str) else targets
-        if not (isinstance(source, str) and isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
+        if not (
+            isinstance(source, str)
+            and isinstance(targets, list)
+            and all(isinstance(t, str) for t in targets)
+        ):
             raise UsageError(
                 f'{path} line {number}: not {{"source": "...", "target": "..."}}, but {line[:40]}; mend it'
             )
-        yield f"{path} line {number}", one_line(source), [one_line(target) for target in targets], ""
+        yield (
+            f"{path} line {number}",
+            one_line(source),
+            [one_line(target) for target in targets],
+            "",
+        )
 
 
 def load_restaurants(root: Path, encoding: tiktoken.Encoding) -> dict:
-    return {"encoding": encoding, "template": Template(longest=130), "splits": restaurants.restaurants()}
+    return {
+        "encoding": encoding,
+        "template": Template(longest=130),
+        "splits": language.restaurants(),
+    }
 
 
 def load_guidebook(root: Path, encoding: tiktoken.Encoding) -> dict:
-    return {"encoding": encoding, "template": Template(longest=130), "splits": restaurants.guidebook()}
+    return {"encoding": encoding, "template": Template(longest=130), "splits": language.guidebook()}
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s, from NVIDIA's data sheets
+PEAKS = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+}  # dense bf16 FLOP/s, from NVIDIA's data sheets
 Figures = dict[str, float]
 
 
 def types() -> list[str]:
     """fp32, and bf16 where the machine has units for it."""
-    return ["fp32"] + ["bf16"] * (DEVICE == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False))
+    return ["fp32"] + ["bf16"] * (
+        DEVICE == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False)
+    )
 
 
 def wait() -> None:
@@ -63,7 +69,10 @@ def matrix_rate(dtype: torch.dtype, rounds: int) -> float:
     """The best FLOP/s of a matrix product on this machine, over shapes such as a ViT-B's and a GPT-2's."""
     rates = []
     for n, k, m in ((1576, 768, 3072), (1576, 3072, 768), (1280, 768, 2304), (4096, 4096, 4096)):
-        x, w = torch.randn(n, k, dtype=dtype, device=DEVICE), torch.randn(m, k, dtype=dtype, device=DEVICE)
+        x, w = (
+            torch.randn(n, k, dtype=dtype, device=DEVICE),
+            torch.randn(m, k, dtype=dtype, device=DEVICE),
+        )
         rates.append(2 * n * k * m / timed({"": partial(F.linear, x, w)}, 3 * rounds)[""])
     return max(rates)
 
@@ -105,14 +114,20 @@ class Apart:
 
 
 def _serve(pipe: Connection, make: Callable[..., Callable], *args: object) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair, who ends this process too
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is the parent's affair, who ends this process too
     before = most_resident()
     try:
         run = make(*args)
         while True:
             run()
             wait()
-            pipe.send(torch.cuda.max_memory_allocated() / 1e6 if DEVICE == "cuda" else most_resident() - before)
+            pipe.send(
+                torch.cuda.max_memory_allocated() / 1e6
+                if DEVICE == "cuda"
+                else most_resident() - before
+            )
             pipe.recv()
     except (EOFError, BrokenPipeError):  # nobody listens any more
         pass
@@ -122,7 +137,11 @@ def _serve(pipe: Connection, make: Callable[..., Callable], *args: object) -> No
 
 def most_resident() -> float:
     """MB of memory that this process has had at most; its parent's do not count, as they do in ru_maxrss."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    (line,) = [
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    ]
     return int(line.split()[1]) / 1e3
 
 
@@ -183,6 +202,8 @@ def table(title: str, seconds: dict[str, float], against: str, per: float, unit:
     """Print time, rate and ratio of every candidate."""
     print(f"\n{title}")
     for name, s in seconds.items():
-        print(f"  {name:<34}{1e3 * s:>10.2f} ms {per / s:>10.2f} {unit}/s   ratio {s / seconds[against]:.3f}")
+        print(
+            f"  {name:<34}{1e3 * s:>10.2f} ms {per / s:>10.2f} {unit}/s   ratio {s / seconds[against]:.3f}"
+        )
     ratios = {f"{title}: {name} / {against}": s / seconds[against] for name, s in seconds.items()}
     return ratios | {f"{title}: {name}, seconds": s for name, s in seconds.items()}

@@ -15,9 +15,11 @@ Source: Li & Liang, ACL 2021 (Prefix-tuning), whose templates, label masks and l
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import takewhile
+from functools import partial
+from itertools import product, takewhile
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -26,11 +28,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from support.download import UsageError
-from support.pixels import Batched
+from support.files import UsageError
+from support.images import Batched
 
 EOT = "<|endoftext|>"
-VOCABULARY = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"  # whence tiktoken has GPT-2's
+VOCABULARY = (
+    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"  # whence tiktoken has GPT-2's
+)
 STRETCH = 100  # batches whose examples are sorted by length among themselves
 
 
@@ -38,7 +42,9 @@ def encoding(name: str) -> tiktoken.Encoding:
     """ "gpt2", or "bytes": a token for every byte, and <|endoftext|>. UsageError if GPT-2's cannot be fetched."""
     if name == "bytes":
         ranks = {bytes([byte]): byte for byte in range(256)}
-        return tiktoken.Encoding(name, pat_str="(?s).+", mergeable_ranks=ranks, special_tokens={EOT: 256})
+        return tiktoken.Encoding(
+            name, pat_str="(?s).+", mergeable_ranks=ranks, special_tokens={EOT: 256}
+        )
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:
@@ -86,7 +92,9 @@ class Text(Batched):
     listing: None = None
     text: ClassVar[Literal[True]] = True
     unit: ClassVar = "texts"
-    made: dict = field(default_factory=dict, init=False, repr=False)  # split -> its tokens, once asked for
+    made: dict = field(
+        default_factory=dict, init=False, repr=False
+    )  # split -> its tokens, once asked for
 
     def tokens(self, split: str) -> list[tuple[np.ndarray, list[np.ndarray]]]:
         """Per source of a split: the tokens up to bos, from which generation starts, and those of every target."""
@@ -95,17 +103,26 @@ class Text(Batched):
             references = [reference for pair in pairs for reference in pair.references]
             sources = self.encode([pair.source for pair in pairs], source)
             targets = iter(self.encode(references, train if split == "train" else other))
-            self.made[split] = [(s, [next(targets) for _ in p.references]) for s, p in zip(sources, pairs, strict=True)]
+            self.made[split] = [
+                (s, [next(targets) for _ in p.references])
+                for s, p in zip(sources, pairs, strict=True)
+            ]
         return self.made[split]
 
     def encode(self, texts: list[str], cut: int | None) -> list[np.ndarray]:
-        space, encode, end = self.template.space, self.encoding.encode_ordinary, [self.encoding.eot_token]
+        space, encode, end = (
+            self.template.space,
+            self.encoding.encode_ordinary,
+            [self.encoding.eot_token],
+        )
         bar = tqdm(texts, f"tokens of {self.task}", unit="text", leave=False, delay=2)
         return [np.array(encode(f"{space}{text}{space}")[:cut] + end, np.int32) for text in bar]
 
     def examples(self, split: str, fraction: float = 1.0) -> list[tuple[np.ndarray, np.ndarray]]:
         """A split's (source, target) as tokens, one per reference. A smaller fraction is part of a larger one."""
-        examples = [(source, target) for source, targets in self.tokens(split) for target in targets]
+        examples = [
+            (source, target) for source, targets in self.tokens(split) for target in targets
+        ]
         if fraction == 1:
             return examples
         order = np.random.default_rng(0).permutation(len(examples))
@@ -132,7 +149,7 @@ class Text(Batched):
                     )
 
     @property
-    def facts(self) -> dict:
+    def metadata(self) -> dict:
         """What a trained model must know of its data to be used without them."""
         return {"classes": [], "template": asdict(self.template)}
 
@@ -145,7 +162,10 @@ class Text(Batched):
 
     def prompts(self, split: str) -> list[tuple[list[int], Pair]]:
         """Per source, however many its references: the tokens up to bos, and the pair."""
-        return [(s.tolist(), pair) for (s, _), pair in zip(self.tokens(split), self.splits[split], strict=True)]
+        return [
+            (s.tolist(), pair)
+            for (s, _), pair in zip(self.tokens(split), self.splits[split], strict=True)
+        ]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text up to the first eos, stripped; bytes that are not UTF-8 become U+FFFD."""
@@ -168,10 +188,134 @@ def gather(examples: list[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tenso
     """One batch: tokens (B, T), at (B, Q) and labels (B, Q). The last eos is a label only, since nothing follows it."""
     B, Q = len(examples), max(len(target) for _, target in examples)
     T = max(len(source) + len(target) for source, target in examples) - 1
-    tokens, at, labels = np.zeros((B, T), np.int64), np.zeros((B, Q), np.int64), np.full((B, Q), -100)
+    tokens, at, labels = (
+        np.zeros((B, T), np.int64),
+        np.zeros((B, Q), np.int64),
+        np.full((B, Q), -100),
+    )
     for row, (source, target) in enumerate(examples):
         s, t = len(source), len(target)
         tokens[row, :s], tokens[row, s : s + t - 1] = source, target[:-1]
-        at[row] = s - 1 + np.minimum(np.arange(Q), t - 1)  # column s - 1 is bos; padding repeats the last
+        at[row] = (
+            s - 1 + np.minimum(np.arange(Q), t - 1)
+        )  # column s - 1 is bos; padding repeats the last
         labels[row, :t] = target
     return torch.from_numpy(tokens), torch.from_numpy(at), torch.from_numpy(labels)
+
+
+SYLLABLES = (
+    "ba",
+    "cor",
+    "del",
+    "fen",
+    "gal",
+    "jin",
+    "kar",
+    "lo",
+    "mir",
+    "nos",
+    "pel",
+    "qua",
+    "ri",
+    "sol",
+    "tam",
+    "wes",
+)
+VALUES = {  # of an attribute; owner and near are names
+    "food": ("Italian", "Indian", "Thai", "French", "Chinese", "Spanish", "Mexican", "Turkish"),
+    "price": ("cheap", "fair", "costly"),
+    "area": ("city centre", "riverside", "suburbs", "south", "harbour"),
+    "rooms": ("two", "three", "four", "five", "six", "seven", "nine", "ten"),
+    "goods": ("shoes", "bread", "fish", "tea", "books", "old coins", "glass", "maps"),
+    "subject": ("music", "German", "chess", "law", "Greek", "dance"),
+}
+WORDINGS = {
+    "food": ("serves {} food", "offers {} dishes"),
+    "price": ("has {} prices", "is {}"),
+    "area": ("lies in the {}", "can be found in the {}"),
+    "near": ("is near {}", "stands next to {}"),
+    "rooms": ("has {} rooms", "gives you {} rooms"),
+    "goods": ("sells {}", "is full of {}"),
+    "subject": ("teaches {}", "is good for {}"),
+    "owner": ("belongs to {}", "is owned by {}"),
+}
+KINDS = {
+    "hotel": ("price", "area", "near", "rooms"),
+    "museum": ("goods", "area", "near", "owner"),
+    "shop": ("goods", "price", "near", "owner"),
+    "school": ("subject", "area", "rooms", "price"),
+    "club": ("food", "near", "owner", "rooms"),
+    "market": ("food", "goods", "area", "near"),
+    "ship": ("food", "rooms", "owner", "goods"),
+}
+STYLES = (  # a sentence, and what joins the attributes in it
+    ("{name} is a {kind}. It {}.", ". It "),
+    ("The {kind} {name} {}.", " and "),
+    ("Do you know {name}? This {kind} {}.", ", "),
+    ("{name}: a {kind} that {}.", " and "),
+    ("If you like a {kind} that {}, visit {name}.", " and "),
+)
+SAYINGS = (
+    "{restaurant} serves {food} food in the {area}{beside}. It has {price} prices.",
+    "The {food} restaurant {restaurant} is {price}. It lies in the {area}{beside}.",
+    "Do you like {food} dishes? {restaurant} in the {area}{beside} is {price}.",
+)
+
+
+def name(rng: random.Random) -> str:
+    return "".join(rng.sample(SYLLABLES, 2)).capitalize()
+
+
+def source(attributes: dict[str, str]) -> str:
+    return " | ".join(f"{attribute} : {value}" for attribute, value in attributes.items())
+
+
+def distinct(make: Callable[[], Pair], n: int) -> list[Pair]:
+    found: dict[str, Pair] = {}
+    while len(found) < n:
+        pair = make()
+        found[pair.source] = pair
+    return list(found.values())
+
+
+def guide(rng: random.Random) -> Pair:
+    kind, own = rng.choice(list(KINDS)), name(rng)
+    chosen = {
+        a: rng.choice(VALUES.get(a) or [name(rng)])
+        for a in rng.sample(KINDS[kind], rng.choice((2, 3)))
+    }
+    style, joint = rng.choice(STYLES)
+    said = [
+        rng.choice(WORDINGS[a]).format(value)
+        for a, value in rng.sample(list(chosen.items()), len(chosen))
+    ]
+    return Pair(source({kind: own} | chosen), [style.format(joint.join(said), name=own, kind=kind)])
+
+
+def guidebook() -> dict[str, list[Pair]]:
+    pairs = distinct(partial(guide, random.Random(0)), 40_600)
+    return {"train": pairs[:40_000], "val": pairs[40_000:40_300], "test": pairs[40_300:]}
+
+
+def restaurant(rng: random.Random, meaning: tuple[str, str, str]) -> Pair:
+    attributes = {"restaurant": name(rng)} | dict(
+        zip(("food", "price", "area"), meaning, strict=True)
+    )
+    attributes |= {"near": name(rng)} if rng.random() < 0.5 else {}
+    beside = f" near {attributes['near']}" if "near" in attributes else ""
+    return Pair(
+        source(attributes), [saying.format(**attributes, beside=beside) for saying in SAYINGS]
+    )
+
+
+def restaurants() -> dict[str, list[Pair]]:
+    """Of 120 combinations 80 are for train, 10 times each, 10 for val and 30 for test, 3 times each."""
+    rng, splits = random.Random(0), {}
+    meanings = rng.sample(list(product(VALUES["food"], VALUES["price"], VALUES["area"])), 120)
+    for split, own, times in (
+        ("train", meanings[:80], 10),
+        ("val", meanings[80:90], 3),
+        ("test", meanings[90:], 3),
+    ):
+        splits[split] = [pair for m in own for pair in distinct(partial(restaurant, rng, m), times)]
+    return splits

@@ -31,10 +31,16 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import Resize
 from tqdm import tqdm
 
-from support.download import UsageError, inside, need, once
+from support.files import UsageError, build_once, inside, need
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what Pillow raises
+UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    Image.DecompressionBombError,
+)  # what Pillow raises
 MOST = 89_478_485  # pixels of one image, before and after resizing: Pillow's own limit
 Rule = int | tuple[int, int]  # of resizing: the short side, or (height, width)
 
@@ -47,7 +53,9 @@ class Split:
     index: np.ndarray  # (n, 4) int64: offset, height, width, label
     path: Path | None = None  # the file that holds `pixels`
     mapping: mmap.mmap | None = None
-    unseen: dict[int, int] = field(default_factory=dict)  # of it: the crc32 of images that were not used yet
+    unseen: dict[int, int] = field(
+        default_factory=dict
+    )  # of it: the crc32 of images that were not used yet
 
     def __len__(self) -> int:
         return len(self.index)
@@ -58,7 +66,9 @@ class Split:
         pixels = self.pixels[offset : offset + height * width * 3]
         if i in self.unseen:
             if zlib.crc32(pixels.data) != self.unseen[i]:
-                raise UsageError(f"{self.path} is damaged; delete it, and the next start makes it anew")
+                raise UsageError(
+                    f"{self.path} is damaged; delete it, and the next start makes it anew"
+                )
             del self.unseen[i]
         return pixels.reshape(height, width, 3)
 
@@ -66,7 +76,11 @@ class Split:
     def stack(self) -> np.ndarray | None:
         """All images as one view (n, height, width, 3) if they have one size, else None."""
         height, width = self.index[0, 1:3]
-        return self.pixels.reshape(-1, height, width, 3) if (self.index[:, 1:3] == (height, width)).all() else None
+        return (
+            self.pixels.reshape(-1, height, width, 3)
+            if (self.index[:, 1:3] == (height, width)).all()
+            else None
+        )
 
     def release(self) -> None:
         """Forget the file's pages that were touched, so that an epoch does not pile up the whole file in memory."""
@@ -90,8 +104,14 @@ class Split:
             crc32, n = raw[-16:].copy().view(np.int64).tolist()
             end = len(raw) - 16 - 40 * n
             index = raw[end:-16].copy().view(np.int64).reshape(n, 5)
-            if n > 0 and zlib.crc32(index.data) == crc32 and (index[:, 1] * index[:, 2]).sum() * 3 == end:
-                return cls(raw[:end], index[:, :4], path, mapping, dict(enumerate(index[:, 4].tolist())))
+            if (
+                n > 0
+                and zlib.crc32(index.data) == crc32
+                and (index[:, 1] * index[:, 2]).sum() * 3 == end
+            ):
+                return cls(
+                    raw[:end], index[:, :4], path, mapping, dict(enumerate(index[:, 4].tolist()))
+                )
         raise UsageError(f"{path} is damaged; delete it, and the next start makes it anew")
 
 
@@ -111,8 +131,12 @@ class Files:
             with Image.open(self.paths[i]) as image:
                 if image.mode == "F":
                     raise ValueError("it holds floats, which are no pixels")
-                if isinstance(self.rule, int) and self.rule**2 * max(image.size) > MOST * min(image.size):
-                    raise ValueError(f"{image.width} x {image.height} is too thin: resized, it would fill the memory")
+                if isinstance(self.rule, int) and self.rule**2 * max(image.size) > MOST * min(
+                    image.size
+                ):
+                    raise ValueError(
+                        f"{image.width} x {image.height} is too thin: resized, it would fill the memory"
+                    )
                 return np.asarray(Resize(self.rule)(image.convert("RGB")))
         except UNREADABLE as error:
             return f"{self.paths[i]} cannot be read as an image ({error}); put a whole copy in its place"
@@ -134,30 +158,43 @@ def prepare(cache: Path, name: str, base: Path, files: list[tuple[str, int]], ru
                 f"there, or delete {base} if it was downloaded, and the next start does it again"
             ) from error
         if not inside(file):
-            raise UsageError(f"{name} names '{file}', which is not below {base}; do not use this list of images")
+            raise UsageError(
+                f"{name} names '{file}', which is not below {base}; do not use this list of images"
+            )
         key.update(os.fsencode(f"{file}\n{label} {status.st_size} {status.st_mtime_ns}\n"))
     paths, labels = [f"{base}/{file}" for file, _ in files], [label for _, label in files]
     side = f"{rule}" if isinstance(rule, int) else "x".join(map(str, rule))
     path = cache / f"{name}-{side}-{key.hexdigest()[:16]}.pixels"
-    return Split.open(once(path, lambda temporary: decode(temporary, name, Files(paths, rule), labels)))
+    return Split.open(
+        build_once(path, lambda temporary: decode(temporary, name, Files(paths, rule), labels))
+    )
 
 
 def prepare_all(
     root: Path, task: str, base: Path, files: dict[str, list[tuple[str, int]]], rule: Rule
 ) -> dict[str, Split]:
-    return {split: prepare(root / "cache", f"{task}-{split}", base, part, rule) for split, part in files.items()}
+    return {
+        split: prepare(root / "cache", f"{task}-{split}", base, part, rule)
+        for split, part in files.items()
+    }
 
 
 def decode(temporary: Path, name: str, files: Files, labels: list[int]) -> None:
     """Write the file that `Split.open` reads. Worker processes decode; memory holds a few images of each."""
     least = files.rule if isinstance(files.rule, tuple) else (files.rule, files.rule)
     need(len(files) * least[0] * least[1] * 3, temporary.parent)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     workers = min(cores, len(files) // 64)  # a few images are not worth a process
-    images = chain.from_iterable(DataLoader(files, batch_size=8, num_workers=workers, collate_fn=list))
+    images = chain.from_iterable(
+        DataLoader(files, batch_size=8, num_workers=workers, collate_fn=list)
+    )
     index, offset = np.empty((len(files), 5), np.int64), 0
     with temporary.open("wb") as out:
-        for i, image in enumerate(tqdm(images, f"decoding {name}", len(files), unit="img", delay=2)):
+        for i, image in enumerate(
+            tqdm(images, f"decoding {name}", len(files), unit="img", delay=2)
+        ):
             if isinstance(image, str):
                 raise UsageError(image)
             index[i] = offset, *image.shape[:2], labels[i], zlib.crc32(image)
@@ -199,7 +236,7 @@ class Batched:
             made = self.gather(chosen, rng)
             return tuple(tensor.pin_memory() for tensor in made) if pin else made
 
-        yield from ahead(make, self.order(self.examples(split, fraction), batch, rng))
+        yield from prefetch(make, self.order(self.examples(split, fraction), batch, rng))
 
 
 @dataclass
@@ -213,13 +250,15 @@ class Dataset(Batched):
     final: str  # "train" (FGVC) or "trainval" (VTAB-1K)
     splits: dict[str, Split] = field(repr=False)  # train, val, test
     rule: Rule | None = None  # how image files were resized, if they were
-    listing: dict[str, dict[str, str]] | None = field(default=None, repr=False)  # split -> file -> class, if made here
+    listing: dict[str, dict[str, str]] | None = field(
+        default=None, repr=False
+    )  # split -> file -> class, if made here
 
     text: ClassVar[Literal[False]] = False
     unit: ClassVar = "images"
 
     @property
-    def facts(self) -> dict:
+    def metadata(self) -> dict:
         """What a trained model must know of its data to be used without them."""
         return {"classes": self.classes, "rule": self.rule}
 
@@ -245,7 +284,7 @@ class Dataset(Batched):
         return gather(images, self.size, rng if self.augment else None)
 
 
-def ahead(make: Callable, items: Iterable) -> Iterator:
+def prefetch(make: Callable, items: Iterable) -> Iterator:
     """make(item) for every item, the next one in a thread while the caller uses this one."""
     with ThreadPoolExecutor(1) as pool:
         coming: deque[Future] = deque()
@@ -257,11 +296,15 @@ def ahead(make: Callable, items: Iterable) -> Iterator:
             yield coming.popleft().result()
 
 
-def gather(images: list[tuple[Split, int]], size: int, rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
+def gather(
+    images: list[tuple[Split, int]], size: int, rng: np.random.Generator | None
+) -> tuple[Tensor, Tensor]:
     """One batch: pixels (B, size, size, 3) uint8 and labels (B,) int64. rng decides random crops and flips."""
     pixels = np.empty((len(images), size, size, 3), np.uint8)  # (B, size, size, 3)
     parts = {id(part): part for part, _ in images}.values()
-    if rng is None and all(part.stack is not None and part.stack.shape[1:3] == (size, size) for part in parts):
+    if rng is None and all(
+        part.stack is not None and part.stack.shape[1:3] == (size, size) for part in parts
+    ):
         for part in parts:  # nothing to cut: all of a part's images at once
             rows = [row for row, (other, _) in enumerate(images) if other is part]
             chosen = [images[row][1] for row in rows]
@@ -286,14 +329,20 @@ def crop(image: np.ndarray, size: int, out: np.ndarray, rng: np.random.Generator
     else:
         top, left = rng.integers(0, spare + 1)
         window, step = image[top : top + size, left : left + size], rng.choice((1, -1))
-        for colour in range(3):  # NumPy mirrors a plane at a time six times as fast as three planes at once
+        for colour in range(
+            3
+        ):  # NumPy mirrors a plane at a time six times as fast as three planes at once
             out[..., colour] = window[:, ::step, colour]
 
 
 def normalise(pixels: Tensor) -> Tensor:
     """(B, size, size, 3) uint8 -> (B, 3, size, size) float32, as torchvision's ToTensor and Normalize do."""
-    mean, std = pixels.new_tensor([IMAGENET_MEAN, IMAGENET_STD], dtype=torch.float32).view(2, 3, 1, 1)
-    return pixels.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)  # in place: half the time on a CPU
+    mean, std = pixels.new_tensor([IMAGENET_MEAN, IMAGENET_STD], dtype=torch.float32).view(
+        2, 3, 1, 1
+    )
+    return (
+        pixels.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
+    )  # in place: half the time on a CPU
 
 
 def stratified(labels: np.ndarray, seed: int) -> np.ndarray:
