@@ -1,6 +1,6 @@
 """The theorem, seen: what samples tell about prefix experts with free or shared keys and values.
 
-    python -m extras.theory     two minutes of one core; leaves a report and two figures in out/theory
+    python -m extras.theory    a report and two figures in out/theory, after two minutes of one core
 
 Model. One query x of one attention head. The N token experts h_j are known, the L prefix experts
 are not, and the output is seen with noise:
@@ -14,14 +14,13 @@ weighted experts. p_K moves the gate, p_V is what the expert says. A_j, h_j, B a
     shared by a trained layer   the same, but W1 and W2 are fitted too, as in Deep-share
 
 Estimator. G_n: least squares over all G of at most L' experts. L' = L is the exact fit. Nobody
-knows L, so in practice L' > L: several fitted experts stand for one true expert.
+knows L, so L' > L in practice: several fitted experts stand for one true expert.
 
 Voronoi loss. V_j: the fitted experts i whose nearest true expert is j. With dp = fitted - true,
     D(G, G*) = sum_j |sum_{i in V_j} exp(b_i) - exp(b*_j)|
                + sum_{i alone in V_j} exp(b_i) (|dp_K| + |dp_V|)
                + sum_{i not alone in V_j} exp(b_i) (|dp_K|^2 + |dp_V|^2)
-(Simple-share: |dp| and |dp|^2.) So D = O(n^-1/2) says: an expert alone in its cell is found at the
-rate n^-1/2, experts that share a cell at n^-1/4.
+(Simple-share: |dp|, |dp|^2). D = O(n^-1/2): n^-1/2 for an expert alone, n^-1/4 for those in company.
 
 Theorems (section 4), L' > L. Simple-share, fixed layer: D(G_n, G*) = O(sqrt(log n / n)) in
 probability. No-share: with the brackets |dp_K|^r + |dp_V|^r, any r >= 1 and any estimator, the
@@ -72,7 +71,6 @@ P, BIAS, NOISE = (1.2, -0.8), 0.5, 0.1  # true p_K = p_V = P: No-share and Simpl
 CHUNK = 17  # data sets side by side: more would leave the processor's cache
 MISS = 0.2  # a fit whose values are off by more misses p_V
 
-
 Job = tuple[str, int, int]  # kind, L', steps of the optimiser
 Results = dict[Job, np.ndarray]  # (reps, sizes, 5)
 
@@ -99,18 +97,14 @@ class World:
 
 
 def experts(world: World, kind: str, theta: Tensor) -> Tensor:
-    """The parameters of a fit (..., P) -> its experts (..., L', 5): b, p_K, p_V.
-
-    This function is all that sharing is.
-    """
+    """Parameters (..., P) -> experts (..., L', 5): b, p_K, p_V. This is all that sharing is."""
     if kind == "No-share":
         return theta.unflatten(-1, (-1, 5))
-    # a trained layer has its two matrices in front
     W1, W2 = world.W1, world.W2
     if kind == "shared by a trained layer":
+        # its two matrices stand in front
         matrices, theta = theta[..., :8].unflatten(-1, (2, 2, 2)), theta[..., 8:]
         W1, W2 = matrices[..., 0, :, :], matrices[..., 1, :, :]
-    # one vector p makes both
     b, p = theta.unflatten(-1, (-1, 3)).split([1, 2], dim=-1)  # (..., L', 1), (..., L', 2)
     if kind == "Simple-share":
         return torch.cat([b, p, p], dim=-1)
@@ -128,7 +122,7 @@ def truth(world: World, kind: str, length: int = 1) -> Tensor:
 
 def attention(world: World, fitted: Tensor) -> tuple[Tensor, Tensor]:
     """f_G (R, 2, M) at every point and the prefix experts' gates (R, L', M), of (R, L', 5)."""
-    # scores: of the tokens, then of the prefix
+    # scores of the tokens, then of the prefix
     b, key, value = fitted.split([1, 2, 2], dim=-1)
     token = torch.einsum("md,jde,me->jm", world.x, world.A, world.x)  # (N, M): x' A_j x
     prefix = key @ (world.x @ world.B).T + b  # (R, L', M)
@@ -143,10 +137,9 @@ def attention(world: World, fitted: Tensor) -> tuple[Tensor, Tensor]:
 def normal_equations(
     world: World, kind: str, theta: Tensor, y: Tensor, weight: Tensor
 ) -> tuple[Tensor, ...]:
-    """Loss sum_m w_m |y_m - f(x_m)|^2 (R,), J'J (R, P, P), J'r (R, P).
+    """Loss sum_m w_m |y_m - f(x_m)|^2 (R,), J'J (R, P, P), J'r (R, P); y (R, 2, M), weight (R, M).
 
-    From theta (R, P), y (R, 2, M), weight (R, M). J = (df / d experts) (d experts / d theta): the
-    first factor is the softmax's, the second is the sharing.
+    J = (df / d experts) (d experts / d theta): the softmax's factor, and that of the sharing.
     """
     fitted = experts(world, kind, theta)  # (R, L', 5)
     sharing = vmap(jacrev(partial(experts, world, kind)))(theta).flatten(1, 2)  # (R, 5 L', P)
@@ -182,11 +175,8 @@ def fit(
     """
     # the box: |b| <= 2, all other parameters within 3
     box = torch.full(theta.shape[1:], 3.0, dtype=torch.float64)
-    first_bias, every = (
-        8 if kind == "shared by a trained layer" else 0,
-        5 if kind == "No-share" else 3,
-    )
-    box[first_bias::every] = 2.0
+    first = 8 if kind == "shared by a trained layer" else 0
+    box[first :: 5 if kind == "No-share" else 3] = 2.0
     theta = theta.clamp(-box, box)
 
     result, alive = theta.clone(), torch.arange(len(theta))
@@ -245,9 +235,7 @@ def measure(world: World, kind: str, theta: Tensor) -> Tensor:
     return torch.stack([loss, key, value, difference.square().sum(1).mean(1).sqrt()], dim=1)
 
 
-def sample(
-    world: World, kind: str, length: int, seed: int, reps: range, noise: float = NOISE
-) -> tuple[Tensor, ...]:
+def sample(world: World, kind: str, length: int, seed: int, reps: range) -> tuple[Tensor, ...]:
     """Data of all sizes, and starts: y (R, 2, M), weight (R, M), theta (R, P); R = reps x sizes.
 
     X is uniform on M points, so the mean Y at a point and the point's share of the samples hold all
@@ -261,7 +249,7 @@ def sample(
         theta = np.random.default_rng([seed, 2, rep]).normal(start, 0.5)
         for n in SIZES:
             counts = rng.multinomial(n, np.full(len(world.x), 1 / len(world.x)))  # (M,)
-            y = f + noise * rng.normal(size=f.shape) / np.sqrt(counts.clip(1))  # (2, M)
+            y = f + NOISE * rng.normal(size=f.shape) / np.sqrt(counts.clip(1))  # (2, M)
             rows.append((y, counts / n, theta))
     return tuple(torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
 
@@ -311,8 +299,8 @@ def split(world: World, kind: str, shifts: Tensor) -> Tensor:
 def table(results: Results) -> str:
     """Slopes of every job."""
     heads = "L' | kind | steps | D, median | D | p_K | p_V | prediction | theorem for D"
-    lines = [f"| {heads} | last D, p_V, prediction | misses p_V | still moving |"]
-    lines.append("|---" * 12 + "|")
+    heads += " | last D, p_V, prediction | misses p_V | still moving"
+    lines = [f"| {heads} |", "|---" * 12 + "|"]
     for kind, length, steps in sorted(results, key=lambda job: (job[1], list(KINDS).index(job[0]))):
         found = results[kind, length, steps]
         fitted = [slopes(found[..., 0], np.median), *(slopes(found[..., i]) for i in range(4))]
@@ -383,8 +371,8 @@ def draw(config: argparse.Namespace, results: Results) -> dict[str, Figure]:
 
     missed = {k: 100 * (results[k, MOST, steps][..., 2] > MISS).mean(0) for k in KINDS}
     plot(missing, SIZES, missed)
-    missing.set(title=f"4  % of fits with values off by more than {MISS}")
-    missing.set(xscale="log", xlabel="samples n", ylim=(0, 100))
+    title = f"4  % of fits with values off by more than {MISS}"
+    missing.set(title=title, xscale="log", xlabel="samples n", ylim=(0, 100))
 
     found = {k: [slopes(results[k, MOST, n][..., 0])[0] for n in config.budgets] for k in FIXED}
     plot(slope, config.budgets, found)
@@ -412,7 +400,7 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
 
 
 class UsageError(Exception):
-    """Something the user can fix."""
+    """A mistake that the user can fix."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -448,13 +436,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{report}\n{config.out}: report.md, {', '.join(figures)}")
         return 0
     except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
+        print("stopped before all files were written", file=sys.stderr)
         return 130
     except UsageError as error:
         print("error:", error, file=sys.stderr)
     except OSError as error:
-        reason = f"{config.out} cannot be used ({error.strerror}); choose another --out"
-        print("error:", reason, file=sys.stderr)
+        reason = f"{config.out} cannot be used ({error.strerror})"
+        print(f"error: {reason}; choose another --out", file=sys.stderr)
     return 2
 
 
