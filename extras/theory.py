@@ -20,7 +20,7 @@ Voronoi loss. V_j: the fitted experts i whose nearest true expert is j. With dp 
     D(G, G*) = sum_j |sum_{i in V_j} exp(b_i) - exp(b*_j)|
                + sum_{i alone in V_j} exp(b_i) (|dp_K| + |dp_V|)
                + sum_{i not alone in V_j} exp(b_i) (|dp_K|^2 + |dp_V|^2)
-(Simple-share: |dp|, |dp|^2). D = O(n^-1/2): n^-1/2 for an expert alone, n^-1/4 for those in company.
+(Simple-share: |dp|, |dp|^2). D = O(n^-1/2): n^-1/2 for an expert alone, n^-1/4 in company.
 
 Theorems (section 4), L' > L. Simple-share, fixed layer: D(G_n, G*) = O(sqrt(log n / n)) in
 probability. No-share: with the brackets |dp_K|^r + |dp_V|^r, any r >= 1 and any estimator, the
@@ -40,7 +40,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -330,7 +330,7 @@ identified, but no rate.
 """
 
 
-def plot(axes: Axes, x: Sequence, found: dict[str, Sequence], dots: str = "-") -> None:
+def plot(axes: Axes, x: Sequence, found: Mapping[str, Sequence], dots: str = "-") -> None:
     """A line per kind. Thin lines lie on thick ones, so none is hidden."""
     for kind, y in found.items():
         colour, width = KINDS[kind]
