@@ -1,1 +1,1 @@
-"""More programs: python -m extras.sample, extras.theory, extras.bench. Nothing else imports them."""
+"""More programs: python -m extras.sample, extras.theory, extras.bench. Nothing imports them."""

@@ -1,6 +1,8 @@
-"""theory.py: the model is an attention head, the estimator finds what can be found, and the loss is the paper's."""
+"""extras/theory.py: an attention head, an estimator that finds what it can, the paper's loss."""
 
+import ast
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -12,28 +14,27 @@ import pytest
 import torch
 from torch import Tensor
 
-import theory
-from prefix import Prefix
-from theory import (
+from extras import theory
+from extras.theory import (
+    FIXED,
     KINDS,
     SIZES,
-    Config,
     World,
-    atoms,
     attention,
+    experts,
     fit,
     main,
     measure,
     normal_equations,
+    options,
     sample,
     slopes,
     split,
     truth,
     voronoi_loss,
 )
+from prefix import Prefix
 from vit import Attention
-
-EXACT = [kind for kind in KINDS if kind != "learned"]  # W1 and W2 are known
 
 
 @pytest.fixture
@@ -61,8 +62,8 @@ def somewhere(world, kind, length, fits=4) -> Tensor:
 
 
 def test_the_model_is_an_attention_head_of_vit_py_with_a_prefix(world):
-    """A token is (x, 1, A_j x, h_j(x)): W_q reads (x, 1), W_k reads A_j x, W_v reads h_j. So b meets the constant 1."""
-    (fitted,) = atoms(world, "non-shared", somewhere(world, "non-shared", 3, fits=1))  # (L', 5)
+    """A token is (x, 1, A_j x, h_j(x)): W_q reads (x, 1), W_k A_j x, W_v h_j. So b meets the 1."""
+    (fitted,) = experts(world, "No-share", somewhere(world, "No-share", 3, fits=1))  # (L', 5)
     x, dim = world.x, 7
     pairs = zip(world.A, world.H, strict=True)
     tokens = [
@@ -81,7 +82,7 @@ def test_the_model_is_an_attention_head_of_vit_py_with_a_prefix(world):
     prefix[0, 0, :, :3] = torch.cat([key @ world.B.T, b], 1)
     prefix[1, 0, :, :2] = value @ world.C.T
     gates = []  # asks for the attention that is written out
-    out = head(torch.stack(tokens, 1), prefix, n_query=1, gates=gates)[:, 0, :2]  # (M, 2)
+    out = head(torch.stack(tokens, 1), prefix, n_query=1, attn_weights=gates)[:, 0, :2]  # (M, 2)
     f, gate = attention(world, fitted[None])
     torch.testing.assert_close(f[0].T, out, atol=1e-12, rtol=0)
     torch.testing.assert_close(gate[0].T, gates[0][:, 0, 0, :3], atol=1e-12, rtol=0)
@@ -91,7 +92,7 @@ def test_the_model_is_an_attention_head_of_vit_py_with_a_prefix(world):
     )
 
 
-TRUE = rows([0, 0, 0, 0, 0], [math.log(2), 10, 0, 0, 10])  # two atoms of mass 1 and 2
+TRUE = rows([0, 0, 0, 0, 0], [math.log(2), 10, 0, 0, 10])  # two experts of mass 1 and 2
 
 
 def test_the_voronoi_loss_is_zero_at_the_truth_in_any_order_and_only_there():
@@ -101,27 +102,29 @@ def test_the_voronoi_loss_is_zero_at_the_truth_in_any_order_and_only_there():
     assert voronoi_loss(moved[None], TRUE, False).item() == pytest.approx(0.1 * (1 + 2))
 
 
-def test_the_voronoi_loss_counts_a_lone_atom_to_the_first_power_and_atoms_in_company_to_the_second():
+def test_the_voronoi_loss_counts_a_lone_expert_linearly_and_experts_in_one_cell_by_squares():
     alone = rows([math.log(1.5), 3, 4, 0, 1])  # |dp_K| 5, |dp_V| 1 from the first
     pair = rows(
         [math.log(0.5), 10, 2, 0, 10], [0, 10, 0, 3, 10]
     )  # |dp_K| 2 and |dp_V| 3 from the second
-    loss = voronoi_loss(torch.cat([alone, pair])[None], TRUE, shared=False).item()
+    loss = voronoi_loss(torch.cat([alone, pair])[None], TRUE, one_vector=False).item()
     assert loss == pytest.approx(0.5 + 1.5 * (5 + 1) + abs(0.5 + 1 - 2) + 0.5 * 2**2 + 1 * 3**2)
-    assert voronoi_loss(alone[None], TRUE, shared=False).item() == pytest.approx(
+    assert voronoi_loss(alone[None], TRUE, one_vector=False).item() == pytest.approx(
         0.5 + 1.5 * (5 + 1) + 2
     )  # a cell is empty
 
 
-def test_the_voronoi_loss_of_shared_atoms_counts_their_vector_once():
+def test_the_voronoi_loss_of_one_shared_vector_counts_it_once():
     true = rows([0, 0, 0, 0, 0])
     lone, pair = (
         rows([0, 3, 4, 3, 4]),
         rows([math.log(0.5), 3, 4, 3, 4], [math.log(0.5), 0, 2, 0, 2]),
     )
-    assert voronoi_loss(lone[None], true, shared=True).item() == pytest.approx(5)
-    assert voronoi_loss(pair[None], true, shared=True).item() == pytest.approx(0.5 * 25 + 0.5 * 4)
-    assert voronoi_loss(lone[None], true, shared=False).item() == pytest.approx(10)
+    assert voronoi_loss(lone[None], true, one_vector=True).item() == pytest.approx(5)
+    assert voronoi_loss(pair[None], true, one_vector=True).item() == pytest.approx(
+        0.5 * 25 + 0.5 * 4
+    )
+    assert voronoi_loss(lone[None], true, one_vector=False).item() == pytest.approx(10)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,7 +133,7 @@ def test_the_estimator_s_gradient_and_matrix_are_those_of_finite_differences(kin
     y, weight, _ = (part[:4] for part in sample(world, kind, 2, seed=0, reps=range(1)))
 
     def residual(theta):
-        f = attention(world, atoms(world, kind, theta))[0]
+        f = attention(world, experts(world, kind, theta))[0]
         return ((y - f) * weight.sqrt()[:, None]).flatten(1)  # (R, 2 M)
 
     steps = 1e-6 * torch.eye(theta.shape[1], dtype=torch.float64)
@@ -147,54 +150,57 @@ def test_the_estimator_s_gradient_and_matrix_are_those_of_finite_differences(kin
     )
 
 
-@pytest.mark.parametrize("kind", EXACT)
-def test_data_without_noise_give_the_parameters_back(kind, world):
-    *data, start = sample(world, kind, 1, seed=0, reps=range(2), noise=0.0)
+@pytest.mark.parametrize("kind", FIXED)
+def test_data_without_noise_give_the_parameters_back(kind, world, monkeypatch):
+    *noisy, start = sample(world, kind, 1, seed=0, reps=range(2))
+    monkeypatch.setattr(theory, "NOISE", 0.0)
+    *data, start = sample(world, kind, 1, seed=0, reps=range(2))
     true = truth(world, kind).expand_as(start)
-    ((theta, moves),) = fit(world, kind, data, start, [200])
+    theta, moves = fit(world, kind, data, start, 200)
     torch.testing.assert_close(theta, true, atol=1e-7, rtol=0)
     assert not moves.any()
     assert not torch.allclose(start, true, atol=0.1)  # it had something to find
-    *noisy, start = sample(world, kind, 1, seed=0, reps=range(2))
-    assert not torch.allclose(fit(world, kind, noisy, start, [200])[0][0], true, atol=1e-3)
+    assert not torch.allclose(fit(world, kind, noisy, start, 200)[0], true, atol=1e-3)
 
 
 def test_fits_stay_in_the_box_and_never_get_worse(world):
-    *data, start = sample(world, "non-shared", 3, seed=0, reps=range(2))
+    *data, start = sample(world, "No-share", 3, seed=0, reps=range(2))
     far = 3 * start
-    (first, _), (last, _) = fit(world, "non-shared", data, far, [1, 60])
+    first, last = (fit(world, "No-share", data, far, steps)[0] for steps in (1, 60))
     assert last.abs().max() <= 3
     assert last.view(-1, 3, 5)[..., 0].abs().max() <= 2
-    losses = [normal_equations(world, "non-shared", theta, *data)[0] for theta in (first, last)]
+    losses = [normal_equations(world, "No-share", theta, *data)[0] for theta in (first, last)]
     assert (losses[1] <= losses[0]).all()
     assert far.abs().max() > 3
 
 
 def test_free_values_can_drift_apart_unseen_and_shared_ones_move_f_by_the_square(world):
     shifts = rows(0.01, 0.1, 1)
-    loss, _, value, change = measure(world, "non-shared", split(world, "non-shared", shifts)).T
+    loss, _, value, change = measure(world, "No-share", split(world, "No-share", shifts)).T
     torch.testing.assert_close(value, shifts)
     torch.testing.assert_close(loss, math.exp(theory.BIAS) * shifts**2)
     assert change.max() < 1e-14
-    for kind in ("shared", "one-layer"):
+    for kind in ("Simple-share", "shared by a fixed layer"):
         change = measure(world, kind, split(world, kind, shifts))[:, 3]
         assert (change[1] / change[0]).item() == pytest.approx(100, rel=0.05)
         assert change[2] > 0.1
 
 
-def test_maps_that_are_learned_can_make_one_key_with_two_values(world):
-    """W1 p and W2 p are any vectors if the p[l] are linearly independent, so the flat direction is back."""
-    (true,) = atoms(world, "one-layer", truth(world, "one-layer"))  # (5,)
+def test_a_trained_layer_can_make_one_key_with_two_values(world):
+    """If the p[l] are linearly independent, W1 p and W2 p are any vectors: flat again."""
+    (true,) = experts(
+        world, "shared by a fixed layer", truth(world, "shared by a fixed layer")
+    )  # (5,)
     p, apart = rows([1.2, -0.8], [-0.5, 1.5]), rows([0.6, 0.8], [-0.6, -0.8])  # (L', 2)
     W1 = torch.linalg.solve(p, (true[1:3].expand(2, 2) / 2).atanh()).T
     W2 = torch.linalg.solve(p, (true[3:] + apart).asinh() / 0.7).T
     b = torch.full((2, 1), theory.BIAS - math.log(2), dtype=torch.float64)
     theta = torch.cat([W1.flatten(), W2.flatten(), torch.cat([b, p], 1).flatten()])
-    fitted = atoms(world, "learned", theta[None])  # (1, 2, 5)
+    fitted = experts(world, "shared by a trained layer", theta[None])  # (1, 2, 5)
     torch.testing.assert_close(
         attention(world, fitted)[0], attention(world, true[None, None])[0], atol=1e-12, rtol=0
     )
-    assert voronoi_loss(fitted, true[None], shared=False).item() == pytest.approx(
+    assert voronoi_loss(fitted, true[None], one_vector=False).item() == pytest.approx(
         math.exp(theory.BIAS)
     )
     assert torch.linalg.det(W1).abs() < 1e-12  # an invertible W1 would move the keys apart
@@ -216,8 +222,8 @@ def test_deep_share_makes_any_keys_and_values_of_as_many_vectors_as_its_hidden_w
 
 
 def test_the_data_are_means_of_n_samples(world):
-    y, weight, _ = sample(world, "shared", 1, seed=0, reps=range(40))
-    f = attention(world, atoms(world, "shared", truth(world, "shared"))[None])[0]
+    y, weight, _ = sample(world, "Simple-share", 1, seed=0, reps=range(40))
+    f = attention(world, experts(world, "Simple-share", truth(world, "Simple-share"))[None])[0]
     n = rows(*SIZES).repeat(40)[:, None]
     torch.testing.assert_close(weight.sum(1), torch.ones(len(y), dtype=torch.float64))
     counts = n * weight
@@ -225,7 +231,7 @@ def test_the_data_are_means_of_n_samples(world):
     noise = ((y - f) * counts.sqrt().unsqueeze(1))[seen]
     assert noise.std().item() == pytest.approx(0.1, rel=0.02)
     assert not seen.all()  # with 100 samples some points have none
-    again, other = (sample(world, "shared", 1, seed=seed, reps=range(40)) for seed in (0, 1))
+    again, other = (sample(world, "Simple-share", 1, seed=seed, reps=range(40)) for seed in (0, 1))
     assert torch.equal(y, again[0])
     assert not any(
         torch.allclose(one, two) for one, two in zip(again, other, strict=True)
@@ -243,31 +249,44 @@ def test_a_slope_is_that_of_the_power_law_and_its_error_that_of_its_spread():
 
 def test_the_seed_decides_every_number(threads):
     def found(seed):
-        return theory.work((Config(seed=seed, iterations=20), "non-shared", 2, range(2)))
+        return theory.work(options(["--seed", seed, "--reps", "2"]), ("No-share", 2, 20))
 
-    first = found(0)
-    assert first.shape == (3, 2, len(SIZES), 5)
-    assert np.array_equal(first, found(0))
-    assert not np.allclose(first, found(1))
+    first = found("0")
+    assert first.shape == (2, len(SIZES), 5)
+    assert np.array_equal(first, found("0"))
+    assert not np.allclose(first, found("1"))
+
+
+def test_chunks_of_data_sets_come_back_in_order(threads, monkeypatch):
+    config, job = options(["--reps", "3"]), ("Simple-share", 1, 10)
+    whole = theory.work(config, job)
+    monkeypatch.setattr(theory, "CHUNK", 2)
+    np.testing.assert_allclose(theory.work(config, job), whole, rtol=1e-6)
+    assert not np.allclose(whole[0], whole[2])
 
 
 @pytest.mark.slow
-def test_the_command_leaves_a_table_and_a_figure_with_the_numbers_of_a_single_process(
+def test_the_command_writes_a_table_and_figures_with_the_numbers_of_a_single_process(
     tmp_path, capsys, threads
 ):
-    config = Config(reps=2, iterations=10, out=str(tmp_path / "new" / "theory"))
-    assert main(["--reps", "2", "--iterations", "10", "--out", config.out]) == 0
-    report = Path(config.out, "report.md").read_text()
+    words = ["--reps", "2", "--iterations", "10", "--out", str(tmp_path / "new" / "theory")]
+    config = options(words)
+    assert main(words) == 0
+    report = Path(config.out, "report.md").read_text(encoding="utf-8")
     assert report in capsys.readouterr().out
-    assert Path(config.out, "theory.png").read_bytes().startswith(b"\x89PNG")
-    alone = {
-        (kind, n): theory.work((config, kind, n, range(2)))
-        for n in theory.LENGTHS[::-1]
-        for kind in KINDS
-    }
-    assert theory.table(config, alone) in report
-    alone["shared", 3] = 2 * alone["shared", 3] ** 2
-    assert theory.table(config, alone) not in report
+    assert sorted(p.name for p in config.out.iterdir()) == [
+        "report.md",
+        "theorem.png",
+        "theory.png",
+    ]
+    for name in ("theorem.png", "theory.png"):
+        assert Path(config.out, name).read_bytes().startswith(b"\x89PNG")
+    jobs = [(kind, length, 10) for length in (1, 2) for kind in KINDS]
+    jobs += [(kind, 3, steps) for kind in KINDS for steps in config.budgets]
+    alone = {job: theory.work(config, job) for job in jobs}
+    assert theory.table(alone) in report
+    alone["Simple-share", 3, 10] = 2 * alone["Simple-share", 3, 10] ** 2
+    assert theory.table(alone) not in report
 
 
 @pytest.mark.parametrize(
@@ -294,14 +313,36 @@ def test_a_file_where_the_folder_should_be_is_one_sentence_too(tmp_path, capsys)
     assert "taken" in capsys.readouterr().err
 
 
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    def torn(path):
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    (tmp_path / "report.md").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        theory.write(tmp_path / "report.md", torn)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_it_imports_nothing_of_the_repository():
+    tree = ast.parse(Path(theory.__file__).read_text(encoding="utf-8"))
+    names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    names += [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
+    tops = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    assert tops == {"matplotlib", "numpy", "torch", "tqdm"}
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_the_workers_and_says_so(tmp_path):
-    command = [sys.executable, theory.__file__, "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "extras.theory", "--out", str(tmp_path / "out")]
+    root = Path(theory.__file__).parents[1]
+    process = subprocess.Popen(
+        command, cwd=root, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     while not (tmp_path / "out").exists():
         time.sleep(0.1)
     time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    assert "stopped; nothing was written" in process.communicate(timeout=60)[1]
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
+    assert process.communicate(timeout=60)[1] == "stopped before all files were written\n"
     assert process.returncode == 130
-    assert not (tmp_path / "out").exists()
+    assert not any((tmp_path / "out").iterdir())
