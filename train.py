@@ -31,8 +31,8 @@ from data import Dataset, Text, UsageError, find, load, normalise, write
 from gpt import GPT
 from prefix import Prefix
 from support import checkpoint
+from support.metrics import RULES, score
 from support.options import Config, check, method, parser, prepare_process, resolve
-from support.scores import score
 from support.usage import GOES_ON, exit_code
 from vit import ViT
 
@@ -181,7 +181,8 @@ def write_texts(config: Config, model: Tuned, backbone: GPT, data: Text) -> dict
             bar.update(len(made))
     rows = [asdict(pair) | {"output": output} for pair, output in zip(pairs, outputs, strict=True)]
     write(Path(config.out) / "generated.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    scores, missing = score(outputs, pairs)
+    rules = config.task if config.task in RULES else "plain"
+    scores, missing = score(outputs, pairs, rules)
     for sentence in missing:
         tqdm.write(sentence, file=sys.stderr)
     return scores
