@@ -19,6 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import timm
@@ -66,11 +67,10 @@ def images(batch: int) -> tuple[Tensor, Tensor]:
 
 
 def our_model(
-    dtype: str, length: int, share: str, peer: torch.nn.Module | None = None
+    dtype: Any, length: int, share: str, peer: torch.nn.Module | None = None
 ) -> tuple[Config, TunedModel, ViT]:
     """This repository's prefix on ViT-B/16; with `peer`: with that one's weights."""
-    settings = {"share": share, "length": length, "dtype": dtype, "lr": 1e-3, "wd": 0.0}
-    config = resolve(Config(task="cub", **settings))
+    config = resolve(Config(task="cub", share=share, length=length, dtype=dtype, lr=1e-3, wd=0.0))
     vit = ViT().to(DEVICE).requires_grad_(False)
     model = TunedModel(config, vit, CLASSES).to(DEVICE)
     if peer is not None:
@@ -184,9 +184,10 @@ def counts_and_memory(seconds: dict, memory: dict, batch: int, rounds: int) -> F
         print(
             f"{dtype}: {reached / 1e12:.2f} of the {best / 1e12:.2f} TFLOP/s of a matrix product."
         )
-        if dtype == "bf16" and peak_rate() is not None:
-            figures["MFU, bf16"] = reached / peak_rate()
-            print(f"MFU {100 * figures['MFU, bf16']:.1f} % of {peak_rate() / 1e12:.0f} TFLOP/s.")
+        peak = peak_rate()
+        if dtype == "bf16" and peak is not None:
+            figures["MFU, bf16"] = reached / peak
+            print(f"MFU {100 * reached / peak:.1f} % of {peak / 1e12:.0f} TFLOP/s.")
     for name, mb in memory.items():
         figures[f"peak memory, {name}, MB"] = mb
     print("Peak memory: " + ", ".join(f"{name} {mb:,.0f} MB" for name, mb in memory.items()))

@@ -30,8 +30,8 @@ Make = Callable[[], Callable[[], object]]  # makes what is run, in its own proce
 
 def number_types() -> list[str]:
     """fp32, and bf16 where the machine has units for it."""
-    amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
-    return ["fp32"] + ["bf16"] * bool(DEVICE == "cuda" or amx)
+    amx = hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities().get("amx_bf16")
+    return ["fp32", "bf16"] if DEVICE == "cuda" or amx else ["fp32"]
 
 
 def wait() -> None:
