@@ -1,4 +1,4 @@
-"""decode.py: the texts of transformers' `generate`, and a cache that computes what a plain forward pass does."""
+"""gpt.py writes the texts of transformers' `generate`, and a cache that computes what a plain forward pass does."""
 
 import random
 
