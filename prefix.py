@@ -9,27 +9,36 @@ Token j is an expert: its key W_k x_j decides *when* it is heard (the gate), its
 So p_k[l] is the parameter of expert l's gate, and p_v[l] is the expert itself. The backbone stays
 frozen.
 
-`share` decides whether gate and expert grow from one vector p[l] (the "reparameterisation"):
-    none    No-share      p_k[l], p_v[l] are two free vectors
-    simple  Simple-share  p_k[l] = W_k LN(p[l]) + b_k,  p_v[l] = W_v LN(p[l]) + b_v
-                          (through the frozen layer itself)
-    linear                [p_k[l], p_v[l]] = tanh(A p[l] + a)            (A, a trained)
-    deep    Deep-share    [p_k[l], p_v[l]] = A2 tanh(A1 p[l] + a1) + a2  (A1, a1, A2, a2 trained)
+`share` decides two things: whether gate and expert grow from one vector p[l] or from two, and
+through which map (the "reparameterisation"). The paper compares the four cells marked *:
+    map                      one vector p[l]         two vectors, the same map
+    identity (k, v) = p      identity                none             * No-share
+    the frozen layer         simple  * Simple-share  simple-separate
+    linear                   linear  *               linear-separate
+    MLP                      deep    * Deep-share    deep-separate
+The frozen layer makes p_k[l] = W_k LN(p[l]) + b_k and p_v[l] = W_v LN(p[l]) + b_v, as it does for a
+token. Linear is [p_k[l], p_v[l]] = tanh(A p[l] + a), and the MLP is A2 tanh(A1 p[l] + a1) + a2; A,
+a, A1, a1, A2, a2 are trained. Of two vectors the first makes the key and the second the value.
 
 The theorems: if gate and expert share p[l], the error of the estimated experts falls about like
 n^-1/2 in the number n of samples. With free keys and values it can fall more slowly than any power
 of n, because out(q) is linear in p_v: two experts with one key can move their values apart without
-any change in the output. If key and value are one vector, the gates move too.
+any change in the output. If key and value are one vector, the gates move too. The rate is proved
+for maps that are fixed; Deep-share's map is trained. The separate cells are there to tell what the
+sharing does from what the map does (docs/results.md).
 
 Shapes: L prefix length, D width, H heads, Dh = D / H, depth = number of layers with a prefix.
 Source: Le et al., "Revisiting Prefix-tuning", ICLR 2025, arXiv 2410.02200.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 SHARE = ("none", "simple", "linear", "deep")
+SHARE += ("identity", "simple-separate", "linear-separate", "deep-separate")
 
 
 class GroupedLinear(nn.Module):
@@ -79,6 +88,7 @@ class Prefix(nn.Module):
         if min(n_layer, n_head, dim, length, hidden) < 1 or dim % n_head:
             raise ValueError(f"sizes must be positive and dim {dim} a multiple of n_head {n_head}")
         self.share, self.length, self.n_head, self.dim = share, length, n_head, dim
+        kind, _, self.separate = share.partition("-")
         self.depth = 1 if shallow else n_layer
         if dropout is None:
             dropout = 0.0 if shallow else 0.1
@@ -88,15 +98,16 @@ class Prefix(nn.Module):
         groups = self.depth if per_layer else 1
         out = 2 * dim * self.depth // groups  # a key and a value for every layer of the group
 
-        # The vectors p. No-share trains the keys and values themselves.
-        width = out if share == "none" else dim
+        # The vectors p. Without a map, keys and values themselves are trained.
+        widths = {"none": out, "identity": out // 2}
+        width = widths.get(share, 2 * dim if self.separate else dim)
         p = torch.empty(groups, length, width).uniform_(-init_scale, init_scale)
-        self.p = nn.Parameter(p)  # (G, L, D or out)
+        self.p = nn.Parameter(p)  # (G, L, D), (G, L, 2 * D) for two vectors; No-share (G, L, out)
 
         # The map from p to keys and values. Simple-share uses the backbone's own layers instead.
-        if share == "linear":
+        if kind == "linear":
             self.map = nn.Sequential(GroupedLinear(groups, dim, out), nn.Tanh())
-        elif share == "deep":
+        elif kind == "deep":
             first, second = GroupedLinear(groups, dim, hidden), GroupedLinear(groups, hidden, out)
             self.map = nn.Sequential(first, nn.Tanh(), second)
         else:
@@ -109,13 +120,11 @@ class Prefix(nn.Module):
         batch: B. While training with dropout, every sample gets its own: (depth, 2, B, H, L, Dh).
         """
         rate = self.dropout if self.training and batch else 0.0
-        if self.share == "simple":
+        if self.share.startswith("simple"):
             return self.project(backbone, batch, rate)
 
         # Map p to keys and values, then cut these into layers and heads.
-        kv = self.map(self.p)  # (G, L, layers of a group * 2 * D)
-        head_dim = self.dim // self.n_head  # Dh
-        kv = kv.unflatten(-1, (-1, 2, self.n_head, head_dim))  # (G, L, layers, 2, H, Dh)
+        kv = self.both(self.expand, 3, self.p)  # (G, L, layers of a group, 2, H, Dh)
         kv = kv.permute(0, 2, 3, 4, 1, 5).flatten(0, 1)  # (depth, 2, H, L, Dh)
 
         # Dropout draws one mask per sample, for keys and values apart.
@@ -123,6 +132,24 @@ class Prefix(nn.Module):
             kv = kv.unsqueeze(2).expand(-1, -1, batch, -1, -1, -1)  # (depth, 2, B, H, L, Dh)
             kv = F.dropout(kv, rate)
         return kv
+
+    def expand(self, p: Tensor) -> Tensor:
+        """The map: p (G, L, D) -> keys and values (G, L, layers of a group, 2, H, Dh)."""
+        kv = self.map(p)  # (G, L, layers * 2 * D); identity: (G, L, layers * D)
+        head_dim = self.dim // self.n_head  # Dh
+        if self.share == "identity":
+            return kv.unflatten(-1, (-1, 1, self.n_head, head_dim)).expand(-1, -1, -1, 2, -1, -1)
+        return kv.unflatten(-1, (-1, 2, self.n_head, head_dim))
+
+    def both(self, make: Callable[[Tensor], Tensor], kind: int, p: Tensor) -> Tensor:
+        """make(p), whose dimension `kind` tells keys from values.
+
+        Of two vectors in p, the first makes the keys and the second the values.
+        """
+        if not self.separate:
+            return make(p)
+        first, second = p.chunk(2, dim=-1)
+        return torch.stack([make(first).select(kind, 0), make(second).select(kind, 1)], dim=kind)
 
     def project(self, backbone: nn.Module, batch: int | None, rate: float) -> Tensor:
         """Simple-share: p[l] passes through the frozen layer's LN, W_k and W_v, as a token does."""
@@ -134,5 +161,5 @@ class Prefix(nn.Module):
 
         # Every layer makes its keys and values, (2, 1 or B, H, L, Dh).
         layers = backbone.blocks[: self.depth]
-        kv = torch.stack([layer.keys_values(p[i]) for i, layer in enumerate(layers)])
+        kv = torch.stack([self.both(layer.keys_values, 0, p[i]) for i, layer in enumerate(layers)])
         return kv if rate else kv.squeeze(2)  # (depth, 2, H, L, Dh), or (depth, 2, B, H, L, Dh)

@@ -223,11 +223,11 @@ def row_vpt(options: argparse.Namespace) -> Figures:
 def row_memory(options: argparse.Namespace) -> Figures:
     """What autograd keeps of a bf16 forward pass with the fused kernel: a GPU's memory by batch."""
     figures: Figures = {}
+    fused = torch.nn.functional.scaled_dot_product_attention
     for length in (10, 200):
         _, model, vit = our_model("bf16", length, "deep")
         parameters = [*model.parameters(), *vit.parameters()]
         forward = partial(image_loss, model.train(), vit, True, *images(4))
-        fused = torch.nn.functional.scaled_dot_product_attention
         with patch("vit.attention", lambda q, k, v, *rest: fused(q.contiguous(), k, v)):
             image = kept_for_backward(forward, parameters) / 4 / 1e6
         trained = sum(p.numel() for p in model.parameters())
