@@ -20,6 +20,13 @@ The frozen layer makes p_k[l] = W_k LN(p[l]) + b_k and p_v[l] = W_v LN(p[l]) + b
 token. Linear is [p_k[l], p_v[l]] = tanh(A p[l] + a), and the MLP is A2 tanh(A1 p[l] + a1) + a2; A,
 a, A1, a1, A2, a2 are trained. Of two vectors the first makes the key and the second the value.
 
+Simple-share is VPT-deep (Jia et al., ECCV 2022), exactly. VPT-deep puts p[1] .. p[L] as tokens into
+every layer and throws their outputs away before the next one, so nothing reads more of them than
+this layer's keys and values. What a prompt token costs beyond these (its query, its row of
+attention, its projection and its MLP) is wasted:
+    VPT-deep       [CLS p[1] .. p[L] patches] -> layer -> [CLS  thrown away  patches]
+    Simple-share   [CLS patches] -> layer, with k, v of LN(p[1]) .. LN(p[L]) -> [CLS patches]
+
 The theorems: if gate and expert share p[l], the error of the estimated experts falls about like
 n^-1/2 in the number n of samples. With free keys and values it can fall more slowly than any power
 of n, because out(q) is linear in p_v: two experts with one key can move their values apart without

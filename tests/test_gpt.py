@@ -1,4 +1,4 @@
-"""gpt.py: equal to transformers and peft on the same weights; what is fast is equal to what is plain."""
+"""gpt.py: equal to transformers and peft on the same weights; what is fast equals what is plain."""
 
 import copy
 import json

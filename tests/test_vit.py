@@ -1,4 +1,4 @@
-"""vit.py: equal to timm on the same weights, and to the mixture-of-experts formula where a prefix enters."""
+"""vit.py: equal to timm on the same weights, and to the mixture of experts with a prefix."""
 
 import json
 import math
@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from extras.measure import kept_for_backward
 from prefix import Prefix
-from vit import Attention, ViT, attention
+from vit import Attention, Block, ViT, attention
 
 
 def mixture_of_experts(q, k, v, prefix_k, prefix_v):
-    """The paper's formula for one head, as loops: every query mixes L constant experts and N token experts."""
+    """The paper's formula for one head, as loops: a query mixes L constant and N token experts."""
     out = torch.zeros_like(q)
     for i in range(len(q)):
         experts = [*prefix_v, *v]
@@ -109,6 +110,62 @@ def test_outputs_equal_timm_s(name):
         torch.testing.assert_close(vit(images), theirs, atol=1e-5, rtol=1e-5)
         vit.blocks[-1].mlp.fc2.bias[0] += 1.0
         assert not torch.allclose(vit(images), theirs, atol=1e-3)
+
+
+def prompts_as_tokens(source, images, prompts, keep=False):
+    """VPT: timm's ViT with prompts (layers, B or 1, L, D) between CLS and patches -> (B, D).
+
+    VPT-deep throws their outputs away after every layer; with `keep` (VPT-shallow) they go on.
+    """
+    x = source.patch_embed(images)
+    x = torch.cat([source.cls_token.expand(len(x), -1, -1), x], dim=1) + source.pos_embed
+    for i, block in enumerate(source.blocks):
+        count = prompts.shape[2] if i < len(prompts) else 0
+        if count:
+            x = torch.cat([x[:, :1], prompts[i].expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        x = block(x)
+        if not keep:
+            x = torch.cat([x[:, :1], x[:, 1 + count :]], dim=1)
+    return source.norm(x)[:, 0]
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "vit_tiny_patch16_384", "vit_small_patch32_224"]
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_simple_share_is_vpt_deep(name, dropout, monkeypatch):
+    source = random_timm(name).requires_grad_(False)
+    vit, B, L = ViT.from_timm(source, name).requires_grad_(False), 2, 5
+    prefix = Prefix(vit.n_layer, vit.n_head, vit.dim, L, "simple", init_scale=1.0, dropout=dropout)
+    images = torch.randn(B, 3, vit.image_size, vit.image_size)
+
+    def outputs_and_gradient(form):
+        torch.manual_seed(3)  # one mask per sample, on the prompt, in both forms
+        out = form()
+        return out, torch.autograd.grad(out.square().sum(), prefix.p)[0]
+
+    def as_tokens():
+        prompts = F.dropout(prefix.p.unsqueeze(1).expand(-1, B, -1, -1), dropout)
+        return prompts_as_tokens(source, images, prompts)
+
+    theirs, their_gradient = outputs_and_gradient(as_tokens)
+    ours, gradient = outputs_and_gradient(lambda: vit(images, prefix(vit, B)))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(gradient, their_gradient, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(ours, vit(images), atol=1e-3)  # the prompts are heard
+    monkeypatch.setattr(Block, "keys_values", lambda self, x: self.attn.keys_values(x))
+    assert not torch.allclose(vit(images, prefix(vit, B)), theirs, atol=1e-3)  # without LayerNorm
+
+
+def test_vpt_shallow_is_no_prefix_for_its_prompts_live_on():
+    source = random_timm("vit_tiny_patch16_224").requires_grad_(False)
+    vit, images = ViT.from_timm(source, "vit_tiny_patch16_224"), torch.randn(2, 3, 224, 224)
+    prefix = Prefix(12, 3, 192, 5, "simple", shallow=True, init_scale=1.0)
+    prompts = prefix.p.unsqueeze(1)  # (1, 1, L, D)
+    ours = vit(images, prefix(vit))
+    assert not torch.allclose(prompts_as_tokens(source, images, prompts, True), ours, atol=1e-3)
+    thrown_away = prompts_as_tokens(source, images, prompts)  # after the first layer
+    torch.testing.assert_close(thrown_away, ours, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +308,7 @@ def test_a_saved_vit_loads_as_it_was_and_a_damaged_file_is_refused(small_vit, tm
         ViT.from_file(path)
 
 
-def test_attention_keeps_queries_keys_values_and_output_for_backward_and_not_the_product_they_come_from():
+def test_attention_keeps_q_k_v_and_output_for_backward_and_not_the_product_they_come_from():
     B, N, L, D, H = 2, 5, 3, 64, 2
     attention = Attention(D, H).requires_grad_(False)
     x, prefix = (
