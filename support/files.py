@@ -411,6 +411,7 @@ def read_weights(path: str | Path) -> tuple[State, dict[str, str]]:
 
 # TO GO, once runs.py, vit.py and gpt.py no longer ask for them
 import json  # noqa: E402
+
 from safetensors import torch as safetensors  # noqa: E402
 
 
