@@ -28,8 +28,7 @@ from torchvision.datasets import FashionMNIST, ImageFolder
 
 from support import benchmarks
 from support.benchmarks import SPLITS
-from support.corpora import TEXT_TASKS, Text, load_jsonl
-from support.corpora import encoding as encoding_of
+from support.corpora import TEXT_TASKS, Text, is_jsonl, load_jsonl
 from support.files import Parser, UsageError, exit_code, fetch, write
 from support.images import Dataset, Split, normalise, prepare_all, stratified
 
@@ -306,7 +305,7 @@ def find(name: str) -> Task:
     """The task of that name, folder of images or file of texts. UsageError, with the names there are, if none is."""
     if name in TASKS:
         return TASKS[name]
-    if name.endswith(".jsonl") and Path(name).is_file():
+    if is_jsonl(name) and Path(name).is_file():
         usual = Task(
             "your texts",
             partial(load_jsonl, Path(name)),
@@ -342,7 +341,7 @@ def load(
     task, root = find(name), data_dir(root)
     if task.text:
         encoding = encoding or ("bytes" if task.backbone == "tiny_gpt" else "gpt2")
-        return Text(name, **task.load(root, encoding_of(encoding)))
+        return Text(name, encoding, **task.load(root))
     images = task.load(root, image_size)
     return Dataset(name, size=image_size, augment=task.augment, final=task.final, **images)
 

@@ -356,26 +356,33 @@ def evaluate(
 
 @torch.inference_mode()
 def write_texts(config: Config, model: TunedModel, backbone: GPT, data: Text) -> dict[str, float]:
-    """Write a text for every source of the test split; all of them go to generated.jsonl, their scores come back."""
-    prompts, pairs = zip(*sorted(data.prompts("test"), key=lambda both: len(both[0])), strict=True)
-    outputs, bf16 = [], use_bf16(config, backbone)
+    """Write a text for every source of the test split, in the test set's order; return the scores.
+
+    generated.jsonl holds sources, references and outputs; generated.txt the outputs, one a line.
+    """
+    # Prompts of like length are written together, and their texts go back to their places.
+    prompts, pairs = zip(*data.prompts("test"), strict=True)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    outputs, bf16 = [""] * len(pairs), use_bf16(config, backbone)
     with (
         torch.autocast(config.device, torch.bfloat16, enabled=bf16),
         tqdm(total=len(pairs), unit="text", **BAR) as bar,
     ):
         prefix_kv = model.eval().prefix_kv(backbone)  # (depth, 2, H, L, Dh)
-        for start in range(0, len(prompts), WRITE):
-            some = prompts[start : start + WRITE]
+        for start in range(0, len(order), WRITE):
+            some = order[start : start + WRITE]
             made = (model.backbone or backbone).generate(
-                some, prefix_kv, config.beams, **data.decoding
+                [prompts[i] for i in some], prefix_kv, config.beams, **data.decoding
             )
-            outputs += [data.decode(tokens) for tokens in made]
+            for i, tokens in zip(some, made, strict=True):
+                outputs[i] = data.decode(tokens)
             bar.update(len(made))
+
+    # Keep them, then score them.
     rows = [asdict(pair) | {"output": output} for pair, output in zip(pairs, outputs, strict=True)]
-    write(
-        Path(config.out) / "generated.jsonl",
-        "".join(json.dumps(row) + "\n" for row in rows).encode(),
-    )
+    out = Path(config.out)
+    write(out / "generated.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    write(out / "generated.txt", "".join(f"{' '.join(o.split())}\n" for o in outputs).encode())
     scores, missing = score(outputs, pairs)
     for sentence in missing:
         tqdm.write(sentence, file=sys.stderr)
@@ -513,7 +520,9 @@ def check(config: Config, backbone: nn.Module, data: Dataset | Text, split: str)
         )
     if data.text:
         room = backbone.context - (config.length if config.tune == "prefix" else 0)
-        data.must_fit(room, {split, "val", "test" if config.final else "val"})
+        data.must_fit(
+            room, {split, "val", "test" if config.final else "val"}, backbone.context - room
+        )
         if data.encoding.n_vocab > backbone.vocab:
             raise UsageError(
                 f"{config.backbone} knows fewer tokens than {config.task} has; take another --backbone"
