@@ -1,4 +1,4 @@
-"""train.py with texts: the loss of targets alone, Li & Liang's optimiser, resuming, writing and scoring a test set."""
+"""train.py with texts: the loss of targets, the optimizer, resuming, writing and scoring."""
 
 import json
 import math
