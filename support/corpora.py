@@ -357,7 +357,8 @@ def load_jsonl(path: Path, root: Path) -> dict:
     found = pairs(path, jsonl_rows(path))
     if len(found) < 10:
         raise UsageError(
-            f"{path} has {len(found)} distinct sources; a split into 80 / 10 / 10 % needs at least 10"
+            f"{path} has {len(found)} distinct sources; "
+            "a split into 80 / 10 / 10 % needs at least 10"
         )
     order = np.random.default_rng(0).permutation(len(found))
     parts = np.split(order, (round(0.8 * len(found)), round(0.9 * len(found))))
