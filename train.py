@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Dataset, Text, find, load, normalise, title
+from data import Dataset, Text, find, load, title
 from gpt import GPT
 from prefix import SHARE, Prefix
 from support import report, runs
@@ -247,7 +247,8 @@ class TunedModel(nn.Module):
 
     def classify(self, backbone: ViT, pixels: Tensor, prefix_kv: Tensor | None) -> Tensor:
         """pixels (B, size, size, 3) uint8 -> logits (B, C) in fp32."""
-        features = (self.backbone or backbone)(normalise(pixels), prefix_kv)  # (B, D)
+        vit = self.backbone or backbone
+        features = vit(vit.normalise(pixels), prefix_kv)  # (B, D)
         return self.head(features).float()  # (B, C)
 
 
@@ -263,8 +264,8 @@ def image_loss(
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
         if prefix_kv is None:
             prefix_kv = model.prefix_kv(backbone, len(pixels))  # (depth, 2, [B,] H, L, Dh)
-        images = normalise(pixels)  # (B, 3, size, size)
-        features = (model.backbone or backbone)(images, prefix_kv)  # (B, D)
+        vit = model.backbone or backbone
+        features = vit(vit.normalise(pixels), prefix_kv)  # (B, D)
         logits = model.head(features).float()  # (B, C)
     return F.cross_entropy(logits, labels), (logits.argmax(-1) == labels).sum()
 
@@ -431,7 +432,7 @@ def run(argv: list[str] | None) -> int:
     name = method_name(config)
     count = data.count(training_split(config, data), config.fraction)
     dtype = "bf16" if use_bf16(config, backbone) else "fp32"
-    print(report.first_line(config, data, name, whose_settings(config), count, dtype))
+    print(report.first_line(config, data, backbone, name, whose_settings(config), count, dtype))
     result = train(config, backbone, data)
     print(report.last_line(result.history, config, result.model, backbone, data))
     return 3 if result.status == "diverged" else 0

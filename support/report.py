@@ -325,14 +325,16 @@ def curve(history: list[dict], title: str) -> bytes:
 # The lines that a run prints.
 
 
-def first_line(config: Any, data: Any, name: str, whose: str, count: int, dtype: str) -> str:
+def first_line(
+    config: Any, data: Any, backbone: Any, name: str, whose: str, count: int, dtype: str
+) -> str:
     """What a run prints before it starts: data, method, settings and whose they are, machine."""
     sizes = ", ".join(f"{data.count(split):,} {split}" for split in ("train", "val", "test"))
     classes = "" if data.text else f"{len(data.classes)} classes; "
     length = f"L {config.length}, " if config.tune == "prefix" else ""
     base = "" if data.text else "base "
     epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs} epochs"
-    normalisation = "" if data.text else "ImageNet mean and std; "
+    normalisation = "" if data.text else f"{backbone.normalisation}; "
     return (
         f"{config.task}: {classes}{sizes} {data.unit}; "
         f"{name}, {length}{base}lr {config.lr:g}, weight decay {config.wd:g} ({whose}), "

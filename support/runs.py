@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from support import report
 from support.files import UsageError, write
-from support.scores import score
+from support.metrics import RULES, score
 
 BAR = {  # of every progress bar: in a log, a line every 30 seconds
     "mininterval": 0.2 if sys.stderr.isatty() else 30,
@@ -358,7 +358,8 @@ def write_texts(config: Any, model: Any, backbone: Any, data: Any) -> dict[str, 
     # Keep them, then score them.
     rows = [asdict(pair) | {"output": output} for pair, output in zip(pairs, outputs, strict=True)]
     write(Path(config.out) / "generated.jsonl", lines(rows))
-    scores, missing = score(outputs, pairs)
+    rules = config.task if config.task in RULES else "plain"
+    scores, missing = score(outputs, pairs, rules)
     for sentence in missing:
         tqdm.write(sentence, file=sys.stderr)
     return scores

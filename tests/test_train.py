@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import train as train_module
-from data import Dataset, Split, load, normalise
+from data import Dataset, Split, load
 from support import files
 from train import (
     Config,
@@ -156,7 +156,7 @@ def test_a_step_is_sgd_with_momentum_and_no_decay_on_the_head_bias(small_vit, tm
     for epoch in range(2):
         for pixels, labels in data.batches("train", 6, config.seed, epoch):
             rate = learning_rate(config, step, 4)
-            x = small_vit(normalise(pixels))  # (B, D)
+            x = small_vit(small_vit.normalise(pixels))  # (B, D)
             error = (F.softmax(x @ weight.T + bias, dim=1) - F.one_hot(labels, 3)) / len(
                 labels
             )  # (B, C)
@@ -180,7 +180,7 @@ def test_the_head_starts_as_the_paper_s_and_evaluation_counts_right_answers(tiny
     for image, label in zip(
         *map(torch.cat, zip(*digits.batches("val", 50), strict=True)), strict=True
     ):
-        logits = model.head(tiny(normalise(image[None])))
+        logits = model.head(tiny(tiny.normalise(image[None])))
         right += int(logits.argmax() == label)
     assert evaluate(config, model, tiny, digits, "val") == pytest.approx(100 * right / 200)
 
