@@ -121,10 +121,12 @@ def fit(  # noqa: C901, PLR0915  (one run, one story)
 
     # A folder that already holds this run says where to go on.
     out = Path(config.out)
-    metadata = {"config": asdict(config), "fingerprint": backbone.fingerprint} | data.metadata
-    history = runs.resume(out, metadata["config"], model, optimizer)
-    if data.listing is not None:  # a split made here, to be repeated
+    identity = {"config": asdict(config), "fingerprint": backbone.fingerprint}
+    identity["data"] = getattr(data, "identity", {})
+    metadata = identity | data.metadata
+    if data.listing is not None and not (out / "config.json").exists():  # a split made here
         write(out / "split.json", json.dumps(data.listing, indent=1).encode())
+    history = runs.resume(out, identity, model, optimizer)
     status = history[-1].get("status", "running") if history else "running"
     last_epoch = min(stop or config.epochs, config.epochs)
     progress = {"total": config.epochs * count, "initial": len(history) * count, "unit": data.unit}

@@ -45,6 +45,7 @@ BAR = {  # of every progress bar: in a log, a line every 30 seconds
     "delay": 2,
 }
 UNSEEN = {"out", "data_dir", "device", "compile"}  # settings that may change during a run
+TYPED = {"task", "backbone"}  # how they were typed: what they hold is compared
 KEPT = ("config.json", "state.pt", "metrics.jsonl", "prefix.safetensors")
 WRITE = 16  # texts that are written at once
 
@@ -77,30 +78,24 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def resume(
-    out: Path, settings: dict, model: nn.Module, optimizer: torch.optim.Optimizer
+    out: Path, identity: dict, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> list[dict]:
     """Bring model and optimizer to where the run in `out` stands; its metrics, [] for a new run.
 
-    UsageError if the folder holds a run with other settings, or files that do not fit or cannot be
-    read.
+    identity: "config", "fingerprint" of the backbone, and digests of the "data". UsageError if the
+    folder holds a run with another identity, or files that do not fit or cannot be read.
     """
     # A new run.
     if not any((out / name).exists() for name in KEPT):
-        write(out / "config.json", json.dumps(settings, indent=2).encode())
+        write(out / "config.json", json.dumps(identity, indent=2).encode())
         return []
     try:
         # The same run?
-        old = dict(json.loads((out / "config.json").read_bytes()))
-        if not settings.keys() <= old.keys():
-            raise ValueError("it was left by an older version")
-        clash = [
-            f"{name} {old[name]} (not {value})"
-            for name, value in settings.items()
-            if name not in UNSEEN and old[name] != value
-        ]
-        if clash:
+        old = json.loads((out / "config.json").read_bytes())
+        changed = differences(old, identity)
+        if changed:
             raise UsageError(
-                f"{out} holds a run with {', '.join(clash)}; "
+                f"{out} holds a run with {', '.join(changed)}; "
                 "choose another --out or delete that folder"
             )
 
@@ -117,6 +112,23 @@ def resume(
         raise UsageError(
             f"{out} cannot be resumed ({reason(error)}); delete that folder to start anew"
         ) from error
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """In what two runs differ, in words. ValueError for a run of an older version."""
+    if "config" not in old or not new["config"].keys() <= old["config"].keys():
+        raise ValueError("it was left by an older version")
+    changed = [
+        f"{name} {old['config'][name]} (not {value})"
+        for name, value in new["config"].items()
+        if name not in UNSEEN | TYPED and old["config"][name] != value
+    ]
+    if old["fingerprint"] != new["fingerprint"]:
+        changed.append(f"another backbone ({old['config']['backbone']}; its weights differ)")
+    parts = [part for part in new["data"] if old["data"].get(part) != new["data"][part]]
+    if parts:
+        changed.append(f"other data ({old['config']['task']}: {', '.join(parts)} differ)")
+    return changed
 
 
 def finished(out: Path, model: nn.Module) -> list[dict]:
