@@ -250,8 +250,12 @@ class TunedModel(nn.Module):
     def classify(self, backbone: ViT, pixels: Tensor, prefix_kv: Tensor | None) -> Tensor:
         """pixels (B, size, size, 3) uint8 -> logits (B, C) in fp32."""
         vit = self.backbone or backbone
-        features = vit(vit.normalise(pixels), prefix_kv)  # (B, D)
-        return self.head(features).float()  # (B, C)
+        return self.logits(vit(vit.normalise(pixels), prefix_kv))  # (B, C)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(B, D) -> (B, C), in fp32 even under autocast: bf16 makes ties between classes."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features.float())
 
 
 def image_loss(
@@ -267,8 +271,7 @@ def image_loss(
         if prefix_kv is None:
             prefix_kv = model.prefix_kv(backbone, len(pixels))  # (depth, 2, [B,] H, L, Dh)
         vit = model.backbone or backbone
-        features = vit(vit.normalise(pixels), prefix_kv)  # (B, D)
-        logits = model.head(features).float()  # (B, C)
+        logits = model.logits(vit(vit.normalise(pixels), prefix_kv))  # (B, C)
     return F.cross_entropy(logits, labels), (logits.argmax(-1) == labels).sum()
 
 

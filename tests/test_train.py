@@ -410,3 +410,12 @@ def test_own_images_are_the_same_however_their_path_is_typed_and_other_when_they
     assert main(["--task", "photos", *words]) == 2
     assert "classes" in capsys.readouterr().err
     assert (tmp_path / "run" / "split.json").read_bytes() == listing
+
+
+def test_the_head_computes_in_fp32_under_autocast(small_vit):
+    model = TunedModel(resolve(Config(tune="linear")), small_vit, 200)
+    features = torch.randn(50, small_vit.dim)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.logits(features)
+    assert torch.equal(logits, model.head(features))
+    assert not torch.equal(logits.bfloat16().float(), logits)  # what rounding would lose
