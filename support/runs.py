@@ -40,7 +40,7 @@ from support.files import UsageError, write
 from support.metrics import RULES, score
 
 BAR = {  # of every progress bar: in a log, a line every 30 seconds
-    "mininterval": 0.2 if sys.stderr.isatty() else 30,
+    "mininterval": 0.2 if sys.stderr and sys.stderr.isatty() else 30,
     "dynamic_ncols": True,
     "leave": None,
     "delay": 2,
