@@ -4,14 +4,17 @@ error of the mean, s / sqrt(n): two means that differ by less than two or three 
 
 import io
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
+from torch import nn
 
 from support.files import write
 
@@ -317,3 +320,68 @@ def curve(history: list[dict], title: str) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
+
+
+# The lines that a run prints.
+
+
+def first_line(
+    config: Any, data: Any, backbone: Any, name: str, whose: str, count: int, dtype: str
+) -> str:
+    """What a run prints before it starts: data, method, settings and whose they are, machine."""
+    sizes = ", ".join(f"{data.count(split):,} {split}" for split in ("train", "val", "test"))
+    classes = "" if data.text else f"{len(data.classes)} classes; "
+    length = f"L {config.length}, " if config.tune == "prefix" else ""
+    base = "" if data.text else "base "
+    epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs} epochs"
+    normalisation = "" if data.text else f"{backbone.normalisation}; "
+    return (
+        f"{config.task}: {classes}{sizes} {data.unit}; "
+        f"{name}, {length}{base}lr {config.lr:g}, weight decay {config.wd:g} ({whose}), "
+        f"batch {config.batch}, {epochs} of {count:,} {data.unit}; "
+        f"{normalisation}{config.device}, {dtype}"
+    )
+
+
+def summary(history: list[dict], data: Any) -> str:
+    """What a run came to, and on how many images or texts."""
+    last = history[-1]
+    if last.get("status") == "diverged":
+        return f"diverged in epoch {last['epoch']}: the loss is not finite"
+    for split in ("val", "test"):
+        if split in last:
+            return f"{split} accuracy {last[split]:.2f} % of {data.count(split):,} {data.unit}"
+    hidden = ("epoch", "loss", "val loss", "status")
+    scores = [f"{name} {value:.2f}" for name, value in last.items() if name not in hidden]
+    return f"{', '.join(scores)}; {len(data.splits['test']):,} test sources"
+
+
+def last_line(history: list[dict], config: Any, model: Any, backbone: Any, data: Any) -> str:
+    """What a run prints at its end: result, what was trained and remains, the next command."""
+    if history[-1].get("status") == "diverged":
+        return f"{summary(history, data)}; try a smaller --lr; {config.out}"
+    sizes = f"trained {size(model):,} parameters"
+    if model.backbone is None:
+        sizes += f" beside a frozen backbone of {size(backbone):,}"
+    else:
+        sizes += f", the backbone's {size(backbone):,} among them"
+
+    # The map that made the prefix is not needed any more.
+    remain = []
+    if model.prefix is not None:
+        remain.append(f"{model.prefix_kv(backbone).numel():,} of prefix")
+    if model.head is not None:
+        remain.append(f"{size(model.head):,} of head")
+    if model.backbone is None:
+        sizes += f"; {' and '.join(remain)} remain"
+
+    # An input on which to try it.
+    example = "assets/digit.png" if config.task == "digits" else "photo.jpg"
+    if data.text:
+        example = shlex.quote(data.splits["test"][0].source[:200])
+    command = f"python -m extras.sample {shlex.quote(config.out)} {example}"
+    return f"{summary(history, data)}; {sizes}; {config.out}; next: {command}"
+
+
+def size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -97,7 +97,7 @@ TRAIN = {
         "empty/config.json",
         "give one that you have: --backbone",
     ),
-    "--task pairs.jsonl --backbone scratch_gpt --length 500": ("--length", "positions; shorten 's"),
+    "--task pairs.jsonl --backbone scratch_gpt --length 500": ("--length 407 or less", "of 12 positions ('s"),
     "--task pairs.jsonl --backbone scratch_gpt --beams 300": (
         "--beams is 300",
         "it can be 128 at most",
@@ -176,7 +176,7 @@ SWEEP = {
 DATA = {
     "digitz": ("no task 'digitz'", "did you mean 'digits'?"),
     "empty": ("empty needs", "a folder of images per class"),
-    "torn.jsonl": ("GPT-2's vocabulary cannot be fetched", "TIKTOKEN_CACHE_DIR"),
+    "torn.jsonl": ("torn.jsonl line 2, column 17: Unterminated string", "mend it"),
     "digits --size 0": ("--size is 0", "it must be positive"),
     "digits --size x": ("--size: invalid int value: 'x'", "see --help"),
     "digits extra": ("unrecognized arguments: extra", "see --help"),
