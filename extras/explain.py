@@ -1,35 +1,39 @@
 """What the prefix does, as pictures: where it makes the model look, and how alike its experts are.
 
-One softmax gates L prefix experts and N tokens, so what a query gathers divides into two shares that sum to 1:
-    share of the prefix = sum_l g_l,  share of the tokens = sum_j g_j,  g = softmax of [q . p_k[l], q . k_j] / sqrt(Dh)
-The weights come from the model's own attention (`attn_weights`, a list that it fills), not from a copy of it.
+One softmax weighs L prefix experts and N tokens. A query's attention has two shares of sum 1:
+    prefix: sum_l g_l,  tokens: sum_j g_j,  g = softmax of [q . p_k[l], q . k_j] / sqrt(Dh)
+The weights come from the model's own attention (`attn_weights`, a list that it fills).
 
 Shapes: B images or texts, N tokens, H heads, L prefix length, depth = layers with a prefix.
-Sources: Le et al., ICLR 2025; Abnar & Zuidema, ACL 2020 (rollout); Roy & Vetterli, EUSIPCO 2007 (effective rank).
+Sources: Le et al., ICLR 2025; Abnar & Zuidema, ACL 2020 (rollout); Roy & Vetterli, EUSIPCO 2007
+(effective rank).
 """
 
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from torch import Tensor
 
 from data import normalise
 from gpt import GPT
 from vit import ViT
 
+PER_ROW = 40  # tokens in a row of the text picture
+
 
 @torch.inference_mode()
-def gates_of(backbone: ViT | GPT, inputs: Tensor, prefix_kv: Tensor | None) -> list[Tensor]:
-    """The attention weights (B, H, Nq, L + N) of every layer, for normalised images or for tokens."""
+def attention_of(backbone: ViT | GPT, inputs: Tensor, prefix_kv: Tensor | None) -> list[Tensor]:
+    """The attention weights (B, H, Nq, L + N) of every layer, for images or for tokens."""
     attn_weights: list[Tensor] = []
     backbone(inputs, prefix_kv, attn_weights=attn_weights)
-    return [gate.float() for gate in attn_weights]
+    return [weights.float() for weights in attn_weights]
 
 
 def prefix_share(attn_weights: list[Tensor], tokens: int) -> Tensor:
-    """How much every query takes from the prefix, per layer and head: attn_weights (B, H, Nq, L + N) -> (layers, B, H, 1)."""
-    return torch.stack([gate[:, :, -1:, :-tokens].sum(-1) for gate in attn_weights])
+    """What CLS, the first query, takes from the prefix: (B, H, Nq, L + N) -> (layers, B, H)."""
+    return torch.stack([weights[:, :, 0, :-tokens].sum(-1) for weights in attn_weights])
 
 
 def last_layer(attn_weights: list[Tensor], tokens: int) -> Tensor:
@@ -39,84 +43,102 @@ def last_layer(attn_weights: list[Tensor], tokens: int) -> Tensor:
 
 
 def rollout(attn_weights: list[Tensor], tokens: int) -> Tensor:
-    """How much of each token has reached CLS, if half of a token stays and half moves by attention: (B, N)."""
+    """How much of each token has reached CLS if half stays and half moves by attention: (B, N)."""
     eye = torch.eye(tokens, device=attn_weights[0].device)
     flow = eye
-    for gate in attn_weights:
-        looks = gate[..., -tokens:].mean(
-            1
-        )  # (B, N, N), the last layer (B, 1, N): without the prefix's columns
+    for weights in attn_weights:
+        looks = weights[..., -tokens:].mean(1)  # (B, N, N) without the prefix; last layer (B, 1, N)
         looks = looks / looks.sum(-1, keepdim=True)
         flow = (looks + eye[: looks.shape[1]]) / 2 @ flow  # (B, N, N)
     return flow[:, 0]
 
 
 def image_picture(vit: ViT, pixels: Tensor, prefix_kv: Tensor, title: str) -> Figure:
-    """One image (1, size, size, 3): CLS's attention to it without the prefix, with it, the difference; and the gate."""
-    tokens, side = vit.pos_embed.shape[1], round((vit.pos_embed.shape[1] - 1) ** 0.5)
-    both = [gates_of(vit, normalise(pixels), prefix) for prefix in (None, prefix_kv)]
-    figure = Figure(figsize=(13, 6.5), layout="constrained")
-    figure.suptitle(title, parse_math=False)  # the user's file name, in which a $ is a $
-    (first, *above), (second, *below) = figure.subplots(2, 4)
-    first.imshow(pixels[0].numpy(force=True))
-    first.set_title("the image, as the model sees it")
+    """CLS's attention to an image (1, size, size, 3) without and with the prefix; its share."""
+    tokens = vit.pos_embed.shape[1]
+    side = round((tokens - 1) ** 0.5)
+    without, with_prefix = (
+        attention_of(vit, normalise(pixels), prefix) for prefix in (None, prefix_kv)
+    )
+    figure = Figure(figsize=(9.5, 5.2), layout="constrained")
+    figure.suptitle(title, fontsize=11, parse_math=False)  # a $ in a file name is no formula
+    (image, *above), (share, *below) = figure.subplots(2, 4)
+
+    # On the left: the image, and below it the prefix's share in every layer and head.
+    image.imshow(pixels[0].numpy(force=True))
+    image.set_title("what the model sees", fontsize=10)
+    percent = 100 * prefix_share(with_prefix, tokens)[:, 0]  # (layers, H)
+    figure.colorbar(layers_map(share, percent), ax=share, label="%")
+    share.set_title("CLS's attention\nto the prefix", fontsize=10)
+    share.set_xlabel("head")
+    share.set_xticks(range(percent.shape[1]), range(1, percent.shape[1] + 1))
+
+    # On the right, a row per way of looking. CLS itself is left out, and the pair has one scale.
     for cells, look, name in ((above, last_layer, "last layer"), (below, rollout, "rollout")):
-        without, with_prefix = (
-            look(attn_weights, tokens)[0, 1:].view(side, side) for attn_weights in both
-        )  # CLS itself is left out
-        change = with_prefix - without
-        most, far = max(without.max(), with_prefix.max()), change.abs().max()
-        heat_map(figure, cells[0], without, (0, most), "viridis", f"{name}, without prefix")
-        heat_map(figure, cells[1], with_prefix, (0, most), "viridis", f"{name}, with prefix")
-        heat_map(figure, cells[2], change, (-far, far), "RdBu_r", f"{name}, difference")
-    for cell in (first, *above, *below):
+        maps = [
+            100 * look(weights, tokens)[0, 1:].view(side, side)  # % of CLS's attention
+            for weights in (without, with_prefix)
+        ]
+        change = maps[1] - maps[0]
+        low, high = torch.stack(maps).min(), torch.stack(maps).max()
+        far = change.abs().max()
+        heat_map(cells[0], maps[0], low, high, "viridis", f"{name},\nwithout prefix")
+        pair = heat_map(cells[1], maps[1], low, high, "viridis", f"{name},\nwith prefix")
+        shift = heat_map(cells[2], change, -far, far, "RdBu_r", f"{name},\ndifference")
+        figure.colorbar(pair, ax=cells[:2], label="% of attention")
+        figure.colorbar(shift, ax=cells[2], label="percentage points")
+    for cell in (image, *above, *below):
         cell.axis("off")
-    share = prefix_share(both[1], tokens)[:, 0, :, 0]  # (layers, H)
-    gate_map(figure, second, share, "head", "share of CLS's attention\nthat goes to the prefix")
-    second.set_xticks(range(share.shape[1]), range(1, share.shape[1] + 1))
     return figure
 
 
 def text_picture(
     gpt: GPT, prompt: list[int], made: list[str], ids: list[int], prefix_kv: Tensor, title: str
 ) -> Figure:
-    """The gate over the tokens that were written (as text, and as ids): the prefix's share per layer, mean of heads."""
-    tokens = torch.tensor(
-        [prompt + ids[:-1]], device=prefix_kv.device
-    )  # (1, T): what was read to write the last one
-    count = tokens.shape[1]
-    share = [
-        gate[0, :, -len(ids) :, :-count].sum(-1).mean(0)
-        for gate in gates_of(gpt, tokens, prefix_kv)
-    ]
-    figure = Figure(figsize=(max(6, 0.22 * len(made)), 4), layout="constrained")
-    figure.suptitle(title if len(title) < 90 else title[:87] + "...", fontsize=9, parse_math=False)
-    axes = figure.subplots()
-    gate_map(
-        figure,
-        axes,
-        torch.stack(share),
-        "token that was written",
-        "share of attention that goes to the prefix",
+    """The prefix's share, mean of heads, per layer and written token (`made`: its text; `ids`)."""
+    read = torch.tensor([prompt + ids[:-1]], device=prefix_kv.device)  # (1, T)
+    percent = torch.stack(
+        [
+            100 * weights[0, :, -len(ids) :, : -read.shape[1]].sum(-1).mean(0)
+            for weights in attention_of(gpt, read, prefix_kv)
+        ]
+    )  # (layers, tokens written)
+    low, high = percent.min().item(), percent.max().item()
+
+    # Long texts go on in the next row, so that every token can be read.
+    rows = -(-len(made) // PER_ROW)
+    long = max(map(len, made)) > 2  # words are written upwards, letters are not
+    height = 0.5 + rows * (0.13 * len(percent) + (1.1 if long else 0.6))
+    figure = Figure(figsize=(11.5, height), layout="constrained")
+    figure.suptitle(
+        title if len(title) < 120 else title[:117] + "...", fontsize=10, parse_math=False
     )
-    axes.set_xticks(range(len(made)), made, rotation=90, fontsize=8, parse_math=False)
+    cells = figure.subplots(rows, squeeze=False)[:, 0]
+    for row, cell in enumerate(cells):
+        part = slice(row * PER_ROW, (row + 1) * PER_ROW)
+        shown = layers_map(cell, percent[:, part], low, high)
+        words = [repr(word)[1:-1].replace(" ", "\u2423") for word in made[part]]
+        cell.set_xlim(-0.5, min(len(made), PER_ROW) - 0.5)
+        cell.set_xticks(range(len(words)), words, rotation=90 * long, fontsize=9, parse_math=False)
+    figure.colorbar(shown, ax=list(cells), label="% of attention to the prefix")
     return figure
 
 
 def heat_map(
-    figure: Figure, axes: Axes, values: Tensor, limits: tuple, colours: str, title: str
-) -> None:
-    low, high = (float(limit) for limit in limits)
-    shown = axes.imshow(values.numpy(force=True), vmin=low, vmax=high, cmap=colours)
-    axes.set_title(title)
-    figure.colorbar(shown, ax=axes, shrink=0.8)
+    axes: Axes, values: Tensor, low: float | Tensor, high: float | Tensor, colours: str, title: str
+) -> AxesImage:
+    axes.set_title(title, fontsize=10)
+    return axes.imshow(values.numpy(force=True), vmin=float(low), vmax=float(high), cmap=colours)
 
 
-def gate_map(figure: Figure, axes: Axes, share: Tensor, across: str, title: str) -> None:
-    """Shares from 0 to 1, a row per layer, the first layer on top."""
-    heat_map(figure, axes, share, (0, 1), "magma", title)
-    axes.set(ylabel="layer", xlabel=across, aspect="auto")
-    axes.set_yticks(range(len(share)), [str(i + 1) for i in range(len(share))])
+def layers_map(
+    axes: Axes, percent: Tensor, low: float | None = None, high: float | None = None
+) -> AxesImage:
+    """A row per layer, the first on top. The colours span the values there are."""
+    shown = axes.imshow(percent.numpy(force=True), vmin=low, vmax=high, cmap="magma", aspect="auto")
+    axes.set_ylabel("layer")
+    axes.set_yticks(range(len(percent)), range(1, len(percent) + 1), fontsize=8)
+    return shown
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
@@ -125,38 +147,75 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
 
 
 def effective_rank(vectors: Tensor) -> float:
-    """exp(entropy of the singular values' shares) of L vectors (L, D): L if all point elsewhere, 1 if they are one."""
+    """exp(entropy of the singular values' shares): (L, D) -> L if orthogonal, 1 if all are one."""
     shares = torch.linalg.svdvals(vectors)
     shares = shares / shares.sum()
     return torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum()).item()
 
 
-def experts_picture(runs: list[tuple[str, Tensor]]) -> Figure:
-    """A row per run (name, experts (depth, 2, H, L, Dh)): cosines of all keys and values, and each layer's rank."""
-    figure = Figure(figsize=(15, 3.8 * len(runs)), layout="constrained")
-    for (*cells, last), (name, prefix_kv) in zip(
-        figure.subplots(len(runs), 4, squeeze=False), runs, strict=True
-    ):
-        keys, values = (
-            prefix_kv.float().cpu().transpose(2, 3).flatten(3).unbind(1)
-        )  # 2 x (depth, L, D)
+def altered(prefix_kv: Tensor) -> dict[str, Tensor]:
+    """The prefix (depth, 2, H, L, Dh), and what would do as well if its L experts acted as one."""
+    mean = prefix_kv.mean(-2, keepdim=True).expand_as(prefix_kv)
+    keys, values = prefix_kv.unbind(1)  # 2 x (depth, H, L, Dh)
+    return {
+        "as trained": prefix_kv,
+        "with each layer's experts replaced by their mean": mean,
+        "with values rotated among keys": torch.stack([keys, values.roll(1, dims=-2)], dim=1),
+        "with one expert left": prefix_kv[..., :1, :],
+    }
+
+
+def keys_and_values(prefix_kv: Tensor) -> tuple[Tensor, Tensor]:
+    """(depth, 2, H, L, Dh) -> keys and values, (depth, L, D) each, the heads side by side."""
+    keys, values = prefix_kv.float().cpu().transpose(2, 3).flatten(3).unbind(1)
+    return keys, values
+
+
+def experts_picture(runs: list[tuple[str, Tensor, Tensor]]) -> Figure:
+    """A row per run (name, prefix_kv, and prefix_kv before training; both (depth, 2, H, L, Dh)).
+
+    Three cells show the cosines of all keys and values; the last one each layer's effective rank.
+    """
+    figure = Figure(figsize=(11, 2.9 * len(runs)), layout="constrained")
+    grid = figure.subplots(len(runs), 4, squeeze=False)
+    for (*cells, last), (name, prefix_kv, untrained) in zip(grid, runs, strict=True):
+        keys, values = keys_and_values(prefix_kv)  # 2 x (depth, L, D)
         depth, length, _ = keys.shape
-        layers, middles = range(1, depth + 1), [length * (i + 0.5) - 0.5 for i in range(depth)]
-        pairs = {
-            "keys, keys": (keys, keys),
-            "values, values": (values, values),
-            "keys, values": (keys, values),
-        }
-        for cell, (what, (a, b)) in zip(cells, pairs.items(), strict=True):
+        layers = range(1, depth + 1)
+
+        # Cosines of every pair of experts, grouped by layer.
+        for cell, what, a, b in (
+            (cells[0], "keys and keys", keys, keys),
+            (cells[1], "values and values", values, values),
+            (cells[2], "keys and values", keys, values),
+        ):
             alike = cosines(a.flatten(0, 1), b.flatten(0, 1))  # (depth * L, depth * L)
-            heat_map(figure, cell, alike, (-1, 1), "RdBu_r", f"{name}: cosine of {what}")
-            cell.set(xlabel="layer", ylabel="layer")
-            cell.set_xticks(middles, layers)
-            cell.set_yticks(middles, layers)
-        for what, part in (("keys", keys), ("values", values)):
-            last.plot(layers, [effective_rank(layer) for layer in part], marker="o", label=what)
-        last.set(
-            title=f"effective rank of {length} experts", xlabel="layer", ylim=(0.9, length + 0.5)
-        )
-        last.legend()
+            shown = heat_map(cell, alike, -1, 1, "RdBu_r", f"{name}:\ncosines, {what}")
+            middles = [length * (i + 0.5) - 0.5 for i in range(depth)]
+            cell.set_xticks(middles, layers, fontsize=8)
+            cell.set_yticks(middles, layers, fontsize=8)
+            cell.set_xlabel("layer")
+        cells[0].set_ylabel("layer")
+        figure.colorbar(shown, ax=cells, aspect=30)
+
+        # The effective rank, with the untrained prefix in grey.
+        for what, kind, mark, now, before in zip(
+            ("keys", "values"),
+            ("-", "--"),
+            "os",
+            (keys, values),
+            keys_and_values(untrained),
+            strict=True,
+        ):
+            last.plot(
+                layers,
+                list(map(effective_rank, before)),
+                kind,
+                color="grey",
+                label=f"{what}, untrained",
+            )
+            last.plot(layers, list(map(effective_rank, now)), kind, marker=mark, label=what)
+        last.set_title(f"{name}:\neffective rank of {length} experts", fontsize=10)
+        last.set(xlabel="layer", ylim=(0.8, length + 0.5), xticks=layers)
+        last.legend(fontsize=7)
     return figure

@@ -11,8 +11,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data import ASSETS, load, normalise
-from extras.explain import cosines, effective_rank, gates_of, last_layer, prefix_share, rollout
-from extras.sample import Options, main, open_run
+from extras.explain import (
+    attention_of,
+    cosines,
+    effective_rank,
+    last_layer,
+    prefix_share,
+    rollout,
+)
+from extras.sample import load_run, main
 from support import runs as run_folder
 from support.images import stratified
 from train import Config, load_backbone, train
@@ -22,7 +29,7 @@ QUICK = {"task": "digits", "fraction": 0.2, "epochs": 2, "length": 4, "lr": 2.5,
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    """Finished runs on digits: a prefix with shared and with separate keys and values, and one of full tuning."""
+    """Finished runs on digits: Deep-share, No-share and full fine-tuning."""
     folder, data = tmp_path_factory.mktemp("runs"), load("digits", image_size=32)
     methods = {
         "deep": {"share": "deep"},
@@ -97,25 +104,25 @@ def test_an_unreadable_file_is_named_and_skipped(runs, pictures, tmp_path, capsy
 def test_the_shares_of_prefix_and_tokens_sum_to_one_and_without_a_prefix_nothing_changes(
     runs, small_vit
 ):
-    run, images = open_run(runs["deep"], Options()), torch.randn(3, 3, 32, 32)
-    attn_weights = gates_of(run.backbone, images, run.prefix_kv)
-    share = prefix_share(attn_weights, tokens=17)  # (layers, B, H, 1)
-    assert share.shape == (8, 3, 4, 1)
-    on_tokens = torch.stack([gate[:, :, -1:, 4:].sum(-1) for gate in attn_weights])
+    run, images = load_run(runs["deep"]), torch.randn(3, 3, 32, 32)
+    attn_weights = attention_of(run.backbone, images, run.prefix_kv)
+    share = prefix_share(attn_weights, tokens=17)  # (layers, B, H)
+    assert share.shape == (8, 3, 4)
+    on_tokens = torch.stack([w[:, :, 0, 4:].sum(-1) for w in attn_weights])
     torch.testing.assert_close(share + on_tokens, torch.ones_like(share))
     assert share.min() > 0
     empty = run.prefix_kv[..., :0, :]  # L = 0
     for look in (last_layer, rollout):
-        without = look(gates_of(run.backbone, images, None), 17)
+        without = look(attention_of(run.backbone, images, None), 17)
         torch.testing.assert_close(
-            look(gates_of(run.backbone, images, empty), 17), without, atol=0, rtol=0
+            look(attention_of(run.backbone, images, empty), 17), without, atol=0, rtol=0
         )
         torch.testing.assert_close(without.sum(-1), torch.ones(3))
         assert (look(attn_weights, 17) - without).abs().max() > 1e-4
 
 
 def test_maps_are_upright(runs):
-    """A gate that looks at one patch alone lights up the place of that patch: here the top right corner."""
+    """Attention to one patch alone lights up the place of that patch: the top right corner."""
     tokens, corner = 17, 1 + 3  # CLS, then the first row of four patches
     attn_weights = [torch.full((1, 2, tokens, tokens), 1e-6) for _ in range(2)] + [
         torch.full((1, 2, 1, tokens), 1e-6)
@@ -127,7 +134,7 @@ def test_maps_are_upright(runs):
         assert seen.argmax() == 3
     image = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
     image[:, :8, 24:] = 255  # the model's own first layer sees it in the same place
-    patches = open_run(runs["deep"], Options()).backbone.patch_embed(normalise(image))
+    patches = load_run(runs["deep"]).backbone.patch_embed(normalise(image))
     assert (patches - patches.median(1, keepdim=True).values).norm(dim=-1).argmax() == 3
 
 
