@@ -34,7 +34,7 @@ from gpt import GPT
 from prefix import SHARE, Prefix
 from support import runs
 from support.files import GOES_ON, Parser, UsageError, add_options, exit_code, opt, write
-from support.scores import score
+from support.metrics import RULES, score
 from vit import ViT
 
 BAR = {
@@ -376,7 +376,8 @@ def write_texts(config: Config, model: TunedModel, backbone: GPT, data: Text) ->
         Path(config.out) / "generated.jsonl",
         "".join(json.dumps(row) + "\n" for row in rows).encode(),
     )
-    scores, missing = score(outputs, pairs)
+    rules = config.task if config.task in RULES else "plain"
+    scores, missing = score(outputs, pairs, rules)
     for sentence in missing:
         tqdm.write(sentence, file=sys.stderr)
     return scores

@@ -1,16 +1,16 @@
-"""Measuring: seconds by turns, operations counted, the best a matrix product reaches here, memory.
+"""How the benchmark measures: seconds in turns, operations, memory, the best matrix product.
 
-Candidates take turns and the best round of each counts, so that a busy machine disturbs all alike: read the ratios.
-What is compared runs in a process of its own, started as its user would: what one sets for memory helps no other.
+Every candidate runs in a process of its own, as its user would start it: what one program sets for
+memory or precision helps no other, and only one model is in memory at a time. Candidates take
+turns, and the best round of each counts, so that a busy machine disturbs all alike. Read the
+ratios: a time depends on the machine and on what else it does.
 """
 
 import multiprocessing
-import re
-import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -18,24 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PEAKS = {
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-}  # dense bf16 FLOP/s, from NVIDIA's data sheets
+# Dense bf16 FLOP/s from NVIDIA's data sheets; the first that the card's name contains counts.
+PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12}
 Figures = dict[str, float]
+Make = Callable[[], Callable[[], object]]  # makes what is run, in its own process
 
 
-def types() -> list[str]:
+def number_types() -> list[str]:
     """fp32, and bf16 where the machine has units for it."""
-    return ["fp32"] + ["bf16"] * (
-        DEVICE == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False)
-    )
+    amx = hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities().get("amx_bf16")
+    return ["fp32", "bf16"] if DEVICE == "cuda" or amx else ["fp32"]
 
 
 def wait() -> None:
@@ -44,18 +40,52 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def timed(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of each candidate: the best of `rounds`, in which they take turns, after one round to warm up."""
-    best = dict.fromkeys(candidates, float("inf"))
-    turns = [(turn, *candidate) for turn in range(rounds + 1) for candidate in candidates.items()]
-    for turn, name, run in tqdm(turns, unit="run", leave=False, delay=2):
-        wait()
-        start = time.perf_counter()
+def seconds_of(run: Callable[[], object], at_least: float) -> float:
+    """Mean seconds of a run, over as many runs as take `at_least` seconds, after a warm-up."""
+    for _ in range(5 if DEVICE == "cuda" else 1):
         run()
-        wait()
-        if turn:
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
+    wait()
+    start, count = time.perf_counter(), 0
+    while count == 0 or time.perf_counter() - start < at_least:
+        run()
+        count += 1
+        if DEVICE == "cuda" and count % 10 == 0:
+            wait()  # the queue of kernels would run far ahead of the clock
+    wait()
+    return (time.perf_counter() - start) / count
+
+
+def turn(make: Make, at_least: float) -> tuple[float, float]:
+    """One turn of a candidate: (seconds of a run, MB that it added to the process or the GPU)."""
+    before = most_resident()
+    seconds = seconds_of(make(), at_least)
+    if DEVICE == "cuda":
+        return seconds, torch.cuda.max_memory_allocated() / 1e6
+    return seconds, most_resident() - before
+
+
+def measure(candidates: Mapping[str, Make], rounds: int, at_least: float = 1.0) -> tuple:
+    """Seconds and MB of every candidate, each turn in a new process: two dicts.
+
+    Whatever goes wrong in a candidate is raised here.
+    """
+    seconds = dict.fromkeys(candidates, float("inf"))
+    memory = dict.fromkeys(candidates, 0.0)
+    turns = [candidate for _ in range(rounds) for candidate in candidates.items()]
+    for name, make in tqdm(turns, unit="turn", leave=False, delay=2):
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context) as process:
+            took, peak = process.submit(turn, make, at_least).result()
+        seconds[name] = min(seconds[name], took)
+        memory[name] = max(memory[name], peak)
+    return seconds, memory
+
+
+def most_resident() -> float:
+    """MB of memory this process has had at most; ru_maxrss would count its parent's too."""
+    status = Path("/proc/self/status").read_text()
+    (line,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1e3
 
 
 def flops(run: Callable[[], object]) -> float:
@@ -66,121 +96,33 @@ def flops(run: Callable[[], object]) -> float:
 
 
 def matrix_rate(dtype: torch.dtype, rounds: int) -> float:
-    """The best FLOP/s of a matrix product on this machine, over shapes such as a ViT-B's and a GPT-2's."""
+    """The best FLOP/s of a matrix product here, over shapes such as a ViT-B's and a GPT-2's."""
     rates = []
     for n, k, m in ((1576, 768, 3072), (1576, 3072, 768), (1280, 768, 2304), (4096, 4096, 4096)):
-        x, w = (
-            torch.randn(n, k, dtype=dtype, device=DEVICE),
-            torch.randn(m, k, dtype=dtype, device=DEVICE),
-        )
-        rates.append(2 * n * k * m / timed({"": partial(F.linear, x, w)}, 3 * rounds)[""])
+        x = torch.randn(n, k, dtype=dtype, device=DEVICE)
+        w = torch.randn(m, k, dtype=dtype, device=DEVICE)
+        took = min(seconds_of(partial(F.linear, x, w), 0.1) for _ in range(rounds))
+        rates.append(2 * n * k * m / took)
     return max(rates)
+
+
+def peak_rate() -> float | None:
+    """Dense bf16 FLOP/s of this card by its data sheet; None for an unknown one and for a CPU."""
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else ""
+    return next((peak for card, peak in PEAKS.items() if card in name), None)
 
 
 def rate(epochs: Iterable[Iterable], seconds: float) -> float:
     """Batches per second; the first batch, which starts things, is not timed."""
-    count, start = 0, None
+    count, start = 0, 0.0
     for epoch in epochs:
         for _ in epoch:
             start = start or time.perf_counter()
             count += 1
-            if (passed := time.perf_counter() - start) > seconds:
+            passed = time.perf_counter() - start
+            if passed > seconds:
                 return (count - 1) / passed
     return 0.0
-
-
-class Apart:
-    """What make(*args) makes, in a process of its own, as its user would start it: call it, and it runs there once.
-
-    It is made, and run for the first time, at once and beside all others; the first call only waits for that. Whatever
-    goes wrong there is raised here. peak: MB that all this has added to the process; on CUDA, of the GPU's memory.
-    """
-
-    peak = -1.0
-
-    def __init__(self, make: Callable[..., Callable], *args: object):
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        context.Process(target=_serve, args=(theirs, make, *args), daemon=True).start()
-        theirs.close()
-
-    def __call__(self) -> None:
-        if self.peak >= 0:
-            self.pipe.send("again")
-        said = self.pipe.recv()
-        if isinstance(said, Exception):
-            raise said
-        self.peak = said
-
-
-def _serve(pipe: Connection, make: Callable[..., Callable], *args: object) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is the parent's affair, who ends this process too
-    before = most_resident()
-    try:
-        run = make(*args)
-        while True:
-            run()
-            wait()
-            pipe.send(
-                torch.cuda.max_memory_allocated() / 1e6
-                if DEVICE == "cuda"
-                else most_resident() - before
-            )
-            pipe.recv()
-    except (EOFError, BrokenPipeError):  # nobody listens any more
-        pass
-    except Exception as error:  # noqa: BLE001  whatever it is, it belongs to who asked
-        pipe.send(error)
-
-
-def most_resident() -> float:
-    """MB of memory that this process has had at most; its parent's do not count, as they do in ru_maxrss."""
-    (line,) = [
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("VmHWM")
-    ]
-    return int(line.split()[1]) / 1e3
-
-
-FORMULA = re.compile(  # what a step computes, rather than moves, as PyTorch names it with and without autograd
-    "_*(linear|matmul|mm|addmm|bmm|baddbmm|convolution|scaled_dot_product[a-z_]*|(log_)?softmax|gelu|(native_)?layer_norm"
-    "|bernoulli_|add|topk)(_backward|_backward_data)?"
-)
-
-
-class Calls(TorchDispatchMode):
-    """Remembers the calls of all of PyTorch's operations whose names match."""
-
-    def __init__(self, names: re.Pattern):
-        super().__init__()
-        self.names = names
-        self.calls: list[partial] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        call = partial(function, *args, **kwargs or {})
-        if self.names.fullmatch(function.overloadpacket.__name__):
-            self.calls.append(call)
-        return call()
-
-
-def formula_alone(make: Callable[..., Callable], *args: object) -> Callable[[], None]:
-    """Of what make(*args) runs: products, attention, GELU, norms, sums, dropout's mask, on the same tensors.
-
-    Its time is what is left if every copy, cast, concatenation and the optimiser cost nothing. A faster kernel for one
-    of these operations would go below it.
-    """
-    run = make(*args)
-    with Calls(FORMULA) as made:
-        run()
-
-    def alone() -> None:
-        for call in made.calls:
-            call()
-
-    return torch.inference_mode()(alone)
 
 
 def kept_for_backward(run: Callable[[], object], parameters: Iterable[Tensor]) -> int:
@@ -199,11 +141,12 @@ def kept_for_backward(run: Callable[[], object], parameters: Iterable[Tensor]) -
 
 
 def table(title: str, seconds: dict[str, float], against: str, per: float, unit: str) -> Figures:
-    """Print time, rate and ratio of every candidate."""
-    print(f"\n{title}")
+    """Print a Markdown table of time, rate and ratio; return the same figures."""
+    print(f"\n{title}\n\n| | ms | {unit}/s | ratio |\n|---|---|---|---|")
+    figures: Figures = {}
     for name, s in seconds.items():
-        print(
-            f"  {name:<34}{1e3 * s:>10.2f} ms {per / s:>10.2f} {unit}/s   ratio {s / seconds[against]:.3f}"
-        )
-    ratios = {f"{title}: {name} / {against}": s / seconds[against] for name, s in seconds.items()}
-    return ratios | {f"{title}: {name}, seconds": s for name, s in seconds.items()}
+        ratio = s / seconds[against]
+        print(f"| {name} | {1e3 * s:,.2f} | {per / s:,.2f} | {ratio:.3f} |")
+        figures[f"{title}: {name} / {against}"] = ratio
+        figures[f"{title}: {name}, seconds"] = s
+    return figures
