@@ -31,7 +31,6 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import Resize
 from tqdm import tqdm
 
@@ -43,7 +42,7 @@ from gpt import GPT
 from support import runs
 from support.corpora import Pair, Template, Text, encoding, one_line, read
 from support.files import exit_code
-from support.images import Files, crop
+from support.images import ENDINGS, crop, image_files, read_image, to_rgb
 from support.report import png
 from train import (
     BAR,
@@ -138,14 +137,13 @@ class Run:
         rule = rule if isinstance(rule, int) else tuple(rule)
         try:
             if isinstance(image, str | Path):
-                decoded = Files([str(image)], rule)[0]  # (height, width, 3), or what is wrong
-                if isinstance(decoded, str):
-                    raise UsageError(decoded)
+                decoded = read_image(image, rule)  # (height, width, 3)
             else:
                 opened = image if isinstance(image, Image.Image) else Image.fromarray(image)
-                decoded = np.asarray(Resize(rule)(opened.convert("RGB")))
-        except (OSError, TypeError, ValueError) as error:
-            raise UsageError(f"{name} cannot be read as an image ({error})") from error
+                decoded = np.asarray(Resize(rule)(to_rgb(opened)))
+        except Exception as error:  # of many kinds, if the image is damaged
+            reason = error if isinstance(image, str | Path) else f"{name} is no image ({error})"
+            raise UsageError(f"{reason}; give a whole one") from error
         out = np.empty((size, size, 3), np.uint8)
         crop(decoded, size, out, rng=None)
         return torch.from_numpy(out)
@@ -249,11 +247,10 @@ def image_paths(inputs: list[str]) -> list[Path]:
             raise UsageError(f"{path} does not exist; name an image or a folder of images")
         inside = [path]
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+            inside = [path / name for name in image_files(path)[0]]
         if not inside:
-            raise UsageError(
-                f"{path} holds no image ({', '.join(IMG_EXTENSIONS)}); name a folder that does"
-            )
+            endings = ", ".join(sorted(ENDINGS))
+            raise UsageError(f"{path} holds no image ({endings}); name a folder that does")
         found += inside
     if not found:
         raise UsageError("no image is named; give images or folders of them after the run")
