@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -212,6 +212,7 @@ class Worker:
         # The compiler keeps a few shapes at once; those of another kind of run are in the way.
         if config.compile:
             key += (config.tune, config.share, config.shallow, config.length, config.batch)
+            key += (len(data.classes),)
             self.keep("compiled", key, torch.compiler.reset)
 
         # If the line of this stage was lost, the run has gone on since: do the stage again.
@@ -315,7 +316,8 @@ def run(sweep: Sweep) -> None:
 # What a run costs.
 
 
-class Runs(NamedTuple):
+@dataclass(frozen=True)
+class Runs:
     """Runs that cost the same."""
 
     config: Config
@@ -366,10 +368,11 @@ def cost(planned: list[Runs], vit: ViT) -> tuple[int, int, float]:
         )
     sizes = task.sizes | {"trainval": task.sizes["train"] + task.sizes["val"]}
     seen, flops = 0, 0.0
-    for config, count, epochs in planned:
+    for some in planned:
+        config, count = some.config, some.count
         split, judged = (task.final, "test") if config.final else ("train", "val")
         training, evaluation = image_flops(config, vit, task.classes)
-        images = count * epochs * round(config.fraction * sizes[split])
+        images = count * some.epochs * round(config.fraction * sizes[split])
         seen += images
         flops += images * training + count * sizes[judged] * evaluation
     # Later stages go on with runs of the first.
