@@ -15,7 +15,6 @@ import torch
 from test_images import many, picture
 
 import data as data_module
-import sweep
 from data import ASSETS, Dataset, UsageError, load
 from gpt import GPT
 from support import runs
@@ -130,39 +129,6 @@ def test_a_damaged_split_file_is_refused_and_never_used(tmp_path):
 
     (tmp_path / "mine" / "split.json").write_text(json.dumps(use(), indent=1))
     assert refused_or_healed(tmp_path / "mine" / "split.json", use) > CASES / 2
-
-
-def test_a_damaged_line_of_results_is_done_again_and_gives_the_same_report(small, tmp_path, capsys):
-    words = [
-        "--lr",
-        "1",
-        "5",
-        "--wd",
-        "0",
-        "0.001",
-        "--seed",
-        "42",
-        "--epochs",
-        "8",
-        "--fraction",
-        "0.1",
-        "--halving",
-    ]
-    words += ["--backbone", small, "--out", str(tmp_path), "--methods", "probe", "--device", "cpu"]
-    assert sweep.main(words) == 0
-    folder = tmp_path / "digits-halving"
-    results, report = folder / "results.jsonl", (folder / "report.md").read_bytes()
-    content, expected = results.read_bytes(), sorted(results.read_bytes().splitlines())
-    for case in range(2 * CASES // 10):
-        results.write_bytes(
-            damaged(content, case)
-        )  # also of stages after which the run has gone on
-        assert sweep.main(words) == 0
-        assert (sorted(results.read_bytes().splitlines()), (folder / "report.md").read_bytes()) == (
-            expected,
-            report,
-        )
-    assert "a line is damaged; its run is done again" in capsys.readouterr().err
 
 
 def test_a_run_that_says_done_and_has_no_weights_is_refused(frozen, digits16, tmp_path):
