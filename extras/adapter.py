@@ -3,7 +3,9 @@
     python -m extras.sample RUN --export FOLDER
     model = PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained("gpt2"), FOLDER)
 
-The logits are the same. The texts of peft's `generate` are not yet: ...
+The logits are ours. The texts of peft 0.21's `generate` under transformers 5.24 are not: it passes
+the prefix as `past_key_values`, which that version of transformers calls `cache`, and generate's
+own empty cache wins. So the prefix is not read; only the positions move.
 
 Shapes: L prefix length, D width, H heads, Dh = D / H, depth = layers with a prefix.
 """
@@ -40,7 +42,10 @@ def export(prefix_kv: Tensor, gpt: GPT, base: str, folder: Path) -> None:
         "inference_mode": True,
     }
     flat = prefix_kv.float().cpu().permute(3, 0, 1, 2, 4).reshape(length, -1)  # (L, depth * 2 * D)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--export {folder}: {error.strerror}; name another folder") from error
     weights = safetensors.save({"prompt_embeddings": flat.contiguous()})
     write(folder / "adapter_model.safetensors", weights)
     write(folder / "adapter_config.json", json.dumps(config, indent=2).encode())

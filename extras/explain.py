@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor
 
-from data import normalise
 from gpt import GPT
 from vit import ViT
 
@@ -58,7 +57,7 @@ def image_picture(vit: ViT, pixels: Tensor, prefix_kv: Tensor, title: str) -> Fi
     tokens = vit.pos_embed.shape[1]
     side = round((tokens - 1) ** 0.5)
     without, with_prefix = (
-        attention_of(vit, normalise(pixels), prefix) for prefix in (None, prefix_kv)
+        attention_of(vit, vit.normalise(pixels), prefix) for prefix in (None, prefix_kv)
     )
     figure = Figure(figsize=(9.5, 5.2), layout="constrained")
     figure.suptitle(title, fontsize=11, parse_math=False)  # a $ in a file name is no formula

@@ -43,7 +43,7 @@ from support import runs
 from support.corpora import Pair, Template, Text, encoding, one_line, read
 from support.files import exit_code
 from support.images import ENDINGS, crop, image_files, read_image, to_rgb
-from support.report import png
+from support.report import called, png
 from train import (
     BAR,
     WRITE,
@@ -51,11 +51,12 @@ from train import (
     Parser,
     TunedModel,
     add_options,
-    device,
+    method,
     open_backbone,
     opt,
     use_bf16,
 )
+from train import device as device_of
 from vit import ViT
 
 TOP = 5  # classes that are printed
@@ -196,16 +197,16 @@ class Run:
                 yield prompt, tokens, text.decode(tokens)
 
 
-def load_run(folder: str | Path, backbone: str = "", device_name: str = "auto") -> Run:
+def load_run(folder: str | Path, backbone: str = "", device: str = "auto") -> Run:
     """The finished run that train.py left in `folder`.
 
-    backbone: where the backbone is now, if it is not where the run had it. device_name: auto, cpu
+    backbone: where the backbone is now, if it is not where the run had it. device: auto, cpu
     or cuda. UsageError if it is no finished run, or its backbone is missing or has other weights.
     """
     folder = Path(folder)
     facts = runs.metadata(folder)
     try:
-        config = replace(Config(**facts["config"]), device=device(device_name))
+        config = replace(Config(**facts["config"]), device=device_of(device))
     except TypeError as error:
         raise UsageError(
             f"{folder} was left by another version ({error}); train it anew"
@@ -361,7 +362,7 @@ def compare_experts(options: Options, found: list[Run]) -> None:
     for run in found:
         if run.prefix_kv is None:
             raise UsageError(f"{run.folder} has no prefix, so it has no experts to compare")
-        name = shown_method(run.config)
+        name = called(method(run.config))
         rows.append((name, run.prefix_kv, untrained(run)))
         lines.append({"run": str(run.folder), "method": name, "test accuracy": {}})
         try:
@@ -384,12 +385,6 @@ def untrained(run: Run) -> Tensor:
     model = TunedModel(run.config, run.backbone, len(run.classes)).to(run.config.device)
     with run.autocast():
         return model.eval().prefix_kv(run.backbone)
-
-
-def shown_method(config: Config) -> str:
-    """The paper's name of a prefix: No-share, Deep-share, ..."""
-    name = {"none": "No"}.get(config.share, config.share.capitalize())
-    return f"{name}-share" + (", first layer" if config.shallow else "")
 
 
 def save(run: Run, options: Options, name: str, figure: Figure) -> str:
@@ -427,7 +422,7 @@ def sample(options: Options, names: list[str]) -> None:
         if run.classes or run.prefix_kv is None:
             raise UsageError(f"--export needs a prefix for texts, which {run.folder} does not have")
         export(run.prefix_kv, run.backbone, run.config.backbone, Path(options.export))
-        print(f"{options.export} holds {shown_method(run.config)} of {run.folder} for peft")
+        print(f"{options.export} holds {called(method(run.config))} of {run.folder} for peft")
     elif options.explain and run.prefix_kv is None:
         raise UsageError(
             f"{run.folder} has no prefix, so there is nothing to explain with and without it"
