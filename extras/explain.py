@@ -9,6 +9,8 @@ Sources: Le et al., ICLR 2025; Abnar & Zuidema, ACL 2020 (rollout); Roy & Vetter
 (effective rank).
 """
 
+import textwrap
+
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
@@ -56,9 +58,7 @@ def image_picture(vit: ViT, pixels: Tensor, prefix_kv: Tensor, title: str) -> Fi
     """CLS's attention to an image (1, size, size, 3) without and with the prefix; its share."""
     tokens = vit.pos_embed.shape[1]
     side = round((tokens - 1) ** 0.5)
-    without, with_prefix = (
-        attention_of(vit, vit.normalise(pixels), prefix) for prefix in (None, prefix_kv)
-    )
+    both = [attention_of(vit, vit.normalise(pixels), prefix) for prefix in (None, prefix_kv)]
     figure = Figure(figsize=(9.5, 5.2), layout="constrained")
     figure.suptitle(title, fontsize=11, parse_math=False)  # a $ in a file name is no formula
     (image, *above), (share, *below) = figure.subplots(2, 4)
@@ -66,21 +66,17 @@ def image_picture(vit: ViT, pixels: Tensor, prefix_kv: Tensor, title: str) -> Fi
     # On the left: the image, and below it the prefix's share in every layer and head.
     image.imshow(pixels[0].numpy(force=True))
     image.set_title("what the model sees", fontsize=10)
-    percent = 100 * prefix_share(with_prefix, tokens)[:, 0]  # (layers, H)
+    percent = 100 * prefix_share(both[1], tokens)[:, 0]  # (layers, H)
     figure.colorbar(layers_map(share, percent), ax=share, label="%")
     share.set_title("CLS's attention\nto the prefix", fontsize=10)
     share.set_xlabel("head")
-    share.set_xticks(range(percent.shape[1]), range(1, percent.shape[1] + 1))
+    share.set_xticks(range(vit.n_head), range(1, vit.n_head + 1))
 
-    # On the right, a row per way of looking. CLS itself is left out, and the pair has one scale.
+    # On the right, a row per way of looking. CLS itself is left out; a pair has one scale.
     for cells, look, name in ((above, last_layer, "last layer"), (below, rollout, "rollout")):
-        maps = [
-            100 * look(weights, tokens)[0, 1:].view(side, side)  # % of CLS's attention
-            for weights in (without, with_prefix)
-        ]
-        change = maps[1] - maps[0]
-        low, high = torch.stack(maps).min(), torch.stack(maps).max()
-        far = change.abs().max()
+        maps = torch.stack([100 * look(w, tokens)[0, 1:].view(side, side) for w in both])
+        change = maps[1] - maps[0]  # (side, side), in percentage points
+        low, high, far = maps.min().item(), maps.max().item(), change.abs().max().item()
         heat_map(cells[0], maps[0], low, high, "viridis", f"{name},\nwithout prefix")
         pair = heat_map(cells[1], maps[1], low, high, "viridis", f"{name},\nwith prefix")
         shift = heat_map(cells[2], change, -far, far, "RdBu_r", f"{name},\ndifference")
@@ -92,52 +88,51 @@ def image_picture(vit: ViT, pixels: Tensor, prefix_kv: Tensor, title: str) -> Fi
 
 
 def text_picture(
-    gpt: GPT, prompt: list[int], made: list[str], ids: list[int], prefix_kv: Tensor, title: str
+    gpt: GPT, prompt: list[int], ids: list[int], words: list[str], prefix_kv: Tensor, title: str
 ) -> Figure:
-    """The prefix's share, mean of heads, per layer and written token (`made`: its text; `ids`)."""
+    """The prefix's share of attention, mean of heads, per layer and written token (ids, words)."""
     read = torch.tensor([prompt + ids[:-1]], device=prefix_kv.device)  # (1, T)
-    percent = torch.stack(
-        [
-            100 * weights[0, :, -len(ids) :, : -read.shape[1]].sum(-1).mean(0)
-            for weights in attention_of(gpt, read, prefix_kv)
-        ]
-    )  # (layers, tokens written)
-    low, high = percent.min().item(), percent.max().item()
+    shares = [
+        weights[0, :, -len(ids) :, : -read.shape[1]].sum(-1).mean(0)
+        for weights in attention_of(gpt, read, prefix_kv)
+    ]
+    percent = 100 * torch.stack(shares)  # (layers, tokens written)
+    words = [repr(word)[1:-1].replace(" ", "\u2423") for word in words]
 
     # Long texts go on in the next row, so that every token can be read.
-    rows = -(-len(made) // PER_ROW)
-    long = max(map(len, made)) > 2  # words are written upwards, letters are not
-    height = 0.5 + rows * (0.13 * len(percent) + (1.1 if long else 0.6))
+    starts = range(0, len(ids), PER_ROW)
+    upright = max(map(len, words)) <= 2  # letters; words are written upwards
+    height = 0.5 + len(starts) * (0.13 * gpt.n_layer + (0.6 if upright else 1.1))
     figure = Figure(figsize=(11.5, height), layout="constrained")
-    figure.suptitle(
-        title if len(title) < 120 else title[:117] + "...", fontsize=10, parse_math=False
-    )
-    cells = figure.subplots(rows, squeeze=False)[:, 0]
-    for row, cell in enumerate(cells):
-        part = slice(row * PER_ROW, (row + 1) * PER_ROW)
-        shown = layers_map(cell, percent[:, part], low, high)
-        words = [repr(word)[1:-1].replace(" ", "\u2423") for word in made[part]]
-        cell.set_xlim(-0.5, min(len(made), PER_ROW) - 0.5)
-        cell.set_xticks(range(len(words)), words, rotation=90 * long, fontsize=9, parse_math=False)
+    figure.suptitle(textwrap.shorten(title, 120), fontsize=10, parse_math=False)
+    ends = percent.min().item(), percent.max().item()
+    cells = figure.subplots(len(starts), squeeze=False)[:, 0]
+    for cell, start in zip(cells, starts, strict=True):
+        part = slice(start, start + PER_ROW)
+        shown = layers_map(cell, percent[:, part], *ends)
+        cell.set_xlim(-0.5, min(len(ids), PER_ROW) - 0.5)
+        ticks = words[part]
+        cell.set_xticks(
+            range(len(ticks)), ticks, rotation=0 if upright else 90, fontsize=9, parse_math=False
+        )
     figure.colorbar(shown, ax=list(cells), label="% of attention to the prefix")
     return figure
 
 
 def heat_map(
-    axes: Axes, values: Tensor, low: float | Tensor, high: float | Tensor, colours: str, title: str
+    axes: Axes, values: Tensor, low: float, high: float, colours: str, title: str
 ) -> AxesImage:
     axes.set_title(title, fontsize=10)
-    return axes.imshow(values.numpy(force=True), vmin=float(low), vmax=float(high), cmap=colours)
+    return axes.imshow(values.numpy(force=True), vmin=low, vmax=high, cmap=colours)
 
 
 def layers_map(
     axes: Axes, percent: Tensor, low: float | None = None, high: float | None = None
 ) -> AxesImage:
     """A row per layer, the first on top. The colours span the values there are."""
-    shown = axes.imshow(percent.numpy(force=True), vmin=low, vmax=high, cmap="magma", aspect="auto")
     axes.set_ylabel("layer")
     axes.set_yticks(range(len(percent)), range(1, len(percent) + 1), fontsize=8)
-    return shown
+    return axes.imshow(percent.numpy(force=True), vmin=low, vmax=high, cmap="magma", aspect="auto")
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
@@ -164,12 +159,6 @@ def altered(prefix_kv: Tensor) -> dict[str, Tensor]:
     }
 
 
-def keys_and_values(prefix_kv: Tensor) -> tuple[Tensor, Tensor]:
-    """(depth, 2, H, L, Dh) -> keys and values, (depth, L, D) each, the heads side by side."""
-    keys, values = prefix_kv.float().cpu().transpose(2, 3).flatten(3).unbind(1)
-    return keys, values
-
-
 def experts_picture(runs: list[tuple[str, Tensor, Tensor]]) -> Figure:
     """A row per run (name, prefix_kv, and prefix_kv before training; both (depth, 2, H, L, Dh)).
 
@@ -177,16 +166,18 @@ def experts_picture(runs: list[tuple[str, Tensor, Tensor]]) -> Figure:
     """
     figure = Figure(figsize=(11, 2.9 * len(runs)), layout="constrained")
     grid = figure.subplots(len(runs), 4, squeeze=False)
-    for (*cells, last), (name, prefix_kv, untrained) in zip(grid, runs, strict=True):
-        keys, values = keys_and_values(prefix_kv)  # 2 x (depth, L, D)
-        depth, length, _ = keys.shape
+    for (*cells, last), (name, *states) in zip(grid, runs, strict=True):
+        now, before = (
+            kv.float().cpu().permute(1, 0, 3, 2, 4).flatten(3) for kv in states
+        )  # 2 x (2, depth, L, D): keys and values, the heads side by side
+        _, depth, length, _ = now.shape
         layers = range(1, depth + 1)
 
         # Cosines of every pair of experts, grouped by layer.
         for cell, what, a, b in (
-            (cells[0], "keys and keys", keys, keys),
-            (cells[1], "values and values", values, values),
-            (cells[2], "keys and values", keys, values),
+            (cells[0], "keys and keys", now[0], now[0]),
+            (cells[1], "values and values", now[1], now[1]),
+            (cells[2], "keys and values", now[0], now[1]),
         ):
             alike = cosines(a.flatten(0, 1), b.flatten(0, 1))  # (depth * L, depth * L)
             shown = heat_map(cell, alike, -1, 1, "RdBu_r", f"{name}:\ncosines, {what}")
@@ -198,22 +189,11 @@ def experts_picture(runs: list[tuple[str, Tensor, Tensor]]) -> Figure:
         figure.colorbar(shown, ax=cells, aspect=30)
 
         # The effective rank, with the untrained prefix in grey.
-        for what, kind, mark, now, before in zip(
-            ("keys", "values"),
-            ("-", "--"),
-            "os",
-            (keys, values),
-            keys_and_values(untrained),
-            strict=True,
-        ):
-            last.plot(
-                layers,
-                list(map(effective_rank, before)),
-                kind,
-                color="grey",
-                label=f"{what}, untrained",
-            )
-            last.plot(layers, list(map(effective_rank, now)), kind, marker=mark, label=what)
+        for i, what, mark in ((0, "keys", "o-"), (1, "values", "s--")):
+            rank = [effective_rank(layer) for layer in before[i]]
+            last.plot(layers, rank, mark[1:], color="grey", label=f"{what}, untrained")
+            rank = [effective_rank(layer) for layer in now[i]]
+            last.plot(layers, rank, mark, label=what)
         last.set_title(f"{name}:\neffective rank of {length} experts", fontsize=10)
         last.set(xlabel="layer", ylim=(0.8, length + 0.5), xticks=layers)
         last.legend(fontsize=7)

@@ -333,7 +333,7 @@ def write_all(run: Run, options: Options, inputs: list[str]) -> None:
         if options.explain and tokens:
             parts = [words.decode([token]) for token in tokens]
             with run.autocast():
-                figure = text_picture(run.backbone, prompt, parts, tokens, run.prefix_kv, text)
+                figure = text_picture(run.backbone, prompt, tokens, parts, run.prefix_kv, text)
             line["picture"] = save(run, options, f"explain-{i}", figure)
         show(options, line, text)
 
