@@ -131,7 +131,7 @@ def layers_map(
 ) -> AxesImage:
     """A row per layer, the first on top. The colours span the values there are."""
     axes.set_ylabel("layer")
-    axes.set_yticks(range(len(percent)), range(1, len(percent) + 1), fontsize=8)
+    axes.set_yticks(range(len(percent)), [str(i + 1) for i in range(len(percent))], fontsize=8)
     return axes.imshow(percent.numpy(force=True), vmin=low, vmax=high, cmap="magma", aspect="auto")
 
 

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 from torchvision.transforms import Resize
 from tqdm import tqdm
@@ -226,17 +227,21 @@ def load_run(folder: str | Path, backbone: str = "", device: str = "auto") -> Ru
     if use_bf16(config, frozen) and not full:
         frozen.cast_frozen_weights()
 
-    # Prefix and head.
+    # Prefix and head. The keys and values are kept beside the parameters that made them.
     model = TunedModel(config, frozen, len(facts["classes"])).to(config.device).eval()
     try:
         runs.load(folder, model)
-    except (ValueError, RuntimeError) as error:
+        with safe_open(folder / "prefix.safetensors", "pt", device=config.device) as file:
+            names = set(file.keys())
+            prefix_kv = file.get_tensor("prefix_kv") if "prefix_kv" in names else None
+    except Exception as error:  # whatever a damaged file leads to
         raise UsageError(
             f"{folder} holds weights that do not fit ({str(error).splitlines()[0]}); train anew"
         ) from error
-    run = Run(folder, config, facts, model, model.backbone or frozen, None)
-    with torch.inference_mode(), run.autocast():
-        run.prefix_kv = model.prefix_kv(frozen)
+    run = Run(folder, config, facts, model, model.backbone or frozen, prefix_kv)
+    if prefix_kv is None:
+        with torch.no_grad(), run.autocast():
+            run.prefix_kv = model.prefix_kv(frozen)
     return run
 
 
@@ -346,8 +351,6 @@ def accuracies(run: Run) -> dict[str, float]:
             f"the images of {name} are not in {folder}; get them: python data.py {name}"
         )
     data = tasks.load(name, folder, **run.backbone.inputs)
-    if list(data.classes) != run.classes:
-        raise UsageError(f"{name} has other classes now than when the run was trained")
     variants = altered(run.prefix_kv)
     correct = dict.fromkeys(variants, 0)
     for pixels, labels in data.batches("test", run.config.batch):
@@ -358,23 +361,21 @@ def accuracies(run: Run) -> dict[str, float]:
 
 def compare_experts(options: Options, found: list[Run]) -> None:
     """Draw the experts of all runs; print how accurate the image runs are with altered ones."""
-    rows, lines = [], []
+    rows, lines, text = [], [], [f"{len(found)} runs"]
     for run in found:
         if run.prefix_kv is None:
             raise UsageError(f"{run.folder} has no prefix, so it has no experts to compare")
-        name = called(method(run.config))
+        name, tested = called(method(run.config)), {}
         rows.append((name, run.prefix_kv, untrained(run)))
-        lines.append({"run": str(run.folder), "method": name, "test accuracy": {}})
         try:
-            if run.classes:
-                lines[-1]["test accuracy"] = accuracies(run)
+            tested = accuracies(run) if run.classes else {}
         except UsageError as error:
             tqdm.write(f"no test accuracies of {run.folder}: {error}", file=sys.stderr)
+        lines.append({"run": str(run.folder), "method": name, "test accuracy": tested})
+        if tested:
+            values = ", ".join(f"{100 * value:.2f} % {what}" for what, value in tested.items())
+            text.append(f"{name}, {run.folder}: {values}")
     picture = save(found[0], options, "experts", experts_picture(rows))
-    text = [f"{len(found)} runs"]
-    for line in lines:
-        values = [f"{100 * value:.2f} % {what}" for what, value in line["test accuracy"].items()]
-        text += [f"{line['method']}, {line['run']}: {', '.join(values)}"] if values else []
     show(options, {"picture": picture, "runs": lines}, "\n".join(text))
 
 

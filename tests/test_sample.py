@@ -278,6 +278,14 @@ def test_a_new_process_predicts_bit_for_bit_what_the_training_ended_with(share, 
     assert torch.equal(torch.load(paths[2]), expected)
     assert not torch.equal(expected[:1], expected[1:2])
 
+    # and so it does if the file holds no keys and values, only what made them
+    path = tmp_path / "run" / "prefix.safetensors"
+    facts = {name: json.dumps(value) for name, value in run_folder.metadata(path.parent).items()}
+    kept = load_file(path)
+    kept.pop("prefix_kv", None)
+    save_file(kept, path, facts)
+    assert torch.equal(load_run(path.parent, device="cpu").logits(pixels), expected)
+
 
 def test_two_runs_share_one_batch_each_with_its_own_prefix_and_head(runs):
     deep, none = load_run(runs["deep"]), load_run(runs["none"])
@@ -361,7 +369,9 @@ def test_the_timm_snippet_of_the_docs_computes_the_same_logits(runs, tmp_path, m
     known = {"images": run.backbone.normalise(pixels)}
     kept = load_file(runs["deep"] / "prefix.safetensors")
     (tmp_path / "RUN").mkdir()
-    save_file(kept | {"prefix_kv": run.prefix_kv.contiguous()}, tmp_path / "RUN" / "prefix.safetensors")
+    save_file(
+        kept | {"prefix_kv": run.prefix_kv.contiguous()}, tmp_path / "RUN" / "prefix.safetensors"
+    )
     monkeypatch.chdir(tmp_path)
     without = plain(known["images"])
     exec(code, known)
