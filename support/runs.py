@@ -385,59 +385,92 @@ def write_texts(config: Any, model: Any, backbone: Any, data: Any) -> dict[str, 
     return scores
 
 
+# Many runs: what they found, and who performs them.
+
+
+def settings(config: Any) -> dict:
+    """All that decides a run's outcome."""
+    return {name: value for name, value in asdict(config).items() if name not in UNSEEN}
+
+
+class Results:
+    """results.jsonl: a line per finished run, or per stage of a run with --halving.
+
+    Only the main process writes it. A line that cannot be read is a run that is asked again, and
+    one that is over has kept its own result.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lines: dict[str, dict] = {}
+        for text in path.read_bytes().splitlines() if path.exists() else ():
+            with suppress(ValueError, KeyError, TypeError):
+                line = json.loads(text)
+                self.lines[self.key(line["settings"], line["stop"])] = line
+
+    @staticmethod
+    def key(settings: dict, stop: int | None) -> str:
+        return json.dumps([settings, stop], sort_keys=True)
+
+    def complete(self, configs: list, stop: int | None, runner: Callable, bar: tqdm) -> list[dict]:
+        """The lines of these runs, in order. What is missing is performed, and kept at once."""
+        keys = [self.key(settings(config), stop) for config in configs]
+        missing = [c for c, key in zip(configs, keys, strict=True) if key not in self.lines]
+        bar.update(len(configs) - len(missing))
+        for line in runner(missing, stop):
+            self.lines[self.key(line["settings"], line["stop"])] = line
+            write(self.path, lines(list(self.lines.values())))
+            bar.update()
+        return [self.lines[key] for key in keys]
+
+
 def in_turn(worker: Any, configs: list, stop: int | None) -> Iterator[dict]:
+    """Perform the runs one after another in this process."""
     for config in configs:
         yield worker.run(config, stop)
 
 
 def on_ray(worker: type, address: str, device: str, stack: ExitStack) -> Callable:
-    """A runner whose workers are Ray actors: one per GPU, or one per as many CPU cores as this process has threads.
+    """A runner whose workers are actors of a Ray cluster: one per GPU, or one per CPU core.
 
-    Sums made by the same number of threads have the same last bit. A worker that dies is started again, and its run
-    goes on from its checkpoint. Several machines need --out and --data-dir on a disk they share.
+    On a CPU a worker has as many threads, and so cores, as this process: sums made by the same
+    number of threads have the same last bit. A worker that dies is started again, and its run goes
+    on from its checkpoint. Several machines need --out and --data-dir on a disk they share.
     """
     try:
         import ray
         from ray.util import ActorPool
     except ImportError:
         raise UsageError("--ray needs Ray, which is not installed: pip install ray") from None
-    here, code = (
-        address == "local",
-        {"working_dir": str(Path(__file__).parent.parent), "excludes": ["/out", "/data", ".git"]},
-    )
-    options = {
-        "runtime_env": None if here else code,
-        "log_to_driver": False,
-        "logging_level": "ERROR",
-    }
+    # Ray itself would try a wrong address for minutes, and then end the process.
     host, _, port = address.removeprefix("ray://").rpartition(":")
+    code = {"working_dir": str(Path(__file__).parent.parent)}
+    code["excludes"] = ["/out", "/data", ".git"]  # type: ignore[assignment]
     try:
-        if port.isdigit():  # Ray itself would try for minutes, and then end the process
+        if port.isdigit():
             socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(None if here else address, **options)
+        ray.init(address, runtime_env=code, log_to_driver=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError, OverflowError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        mend = "start one there: ray start --head; or, if it asks for its token, set RAY_AUTH_MODE=token here"
-        raise UsageError(f"no Ray cluster at '{address}' ({reason}); {mend}") from None
+        raise UsageError(
+            f"no Ray cluster at '{address}' ({reason}); start one there: ray start --head; "
+            "or, if it asks for its token, set RAY_AUTH_MODE=token here"
+        ) from None
     stack.callback(ray.shutdown)
-    threads, cores, gpus = (
-        torch.get_num_threads(),
-        *(int(ray.cluster_resources().get(k, 0)) for k in ("CPU", "GPU")),
-    )
+
+    # As many workers as the cluster has room for.
+    threads = torch.get_num_threads()
+    cores = int(ray.cluster_resources().get("CPU", 0))
     count, share = max(1, cores // threads), {"num_cpus": min(threads, cores)}
     if device == "cuda":
-        count, share = gpus, {"num_gpus": 1}
+        count, share = int(ray.cluster_resources().get("GPU", 0)), {"num_gpus": 1}
     actor = ray.remote(max_restarts=-1, max_task_retries=5, **share)(worker)
     pool = ActorPool([actor.remote(threads) for _ in range(count)])
-    print(
-        f"Ray: {count} workers on {device}, {threads} CPU threads each (OMP_NUM_THREADS sets how many)"
-    )
+    print(f"Ray: {count} workers on {device}, {threads} CPU threads each")
 
     def spread(configs: list, stop: int | None) -> Iterator[dict]:
         try:
-            yield from pool.map_unordered(
-                lambda actor, config: actor.run.remote(config, stop), configs
-            )
+            yield from pool.map_unordered(lambda a, config: a.run.remote(config, stop), configs)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None  # what the worker raised, such as a UsageError
         except ray.exceptions.RayActorError:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from data import load
 from extras import sample
-from extras.explain import gates_of
+from extras.explain import attention_of
 from gpt import GPT
 from support import language
 from support.corpora import Pair, Template, Text, encoding
@@ -218,8 +218,8 @@ def test_the_test_set_is_written_once_per_source_with_its_references_and_scored(
 def test_the_shares_of_prefix_and_tokens_sum_to_one_in_a_gpt_too(config):
     gpt, data = load_backbone(config), load(config.task, encoding="bytes")
     train(config, gpt, data)
-    run = sample.open_run(Path(config.out), sample.Options())
-    attn_weights = gates_of(run.backbone, torch.arange(9)[None], run.prefix_kv)
+    run = sample.load_run(config.out)
+    attn_weights = attention_of(run.backbone, torch.arange(9)[None], run.prefix_kv)
     for gate in attn_weights:  # (1, H, T, L + T)
         assert gate.shape[-1] == 4 + 9
         torch.testing.assert_close(
