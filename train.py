@@ -140,7 +140,7 @@ def fit(  # noqa: C901, PLR0915  (one run, one story)
         loss_sum, correct_sum = torch.zeros(2, device=config.device)
         seen = 0
         order = {"seed": config.seed, "epoch": epoch, "fraction": config.fraction}
-        for i, batch in enumerate(batches(config, data, split, **order)):
+        for i, (examples, batch) in enumerate(batches(config, data, split, **order)):
             # The learning rate of this step.
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, epoch * epoch_steps + i, steps)
@@ -148,8 +148,7 @@ def fit(  # noqa: C901, PLR0915  (one run, one story)
             # Forward (under autocast for bf16), loss, backward, update.
             loss, correct = train_step(loss_of, model, backbone, bf16, optimizer, batch, clip)
 
-            # Add up on the device. A last batch that was filled up has fewer real examples.
-            examples = len(batch[0]) if data.text else min(config.batch, count - seen)
+            # Add up on the device. `examples` leaves out what a batch was filled up with.
             loss_sum += loss * examples
             correct_sum += correct
             seen += examples
@@ -290,9 +289,9 @@ def text_loss(
             prefix_kv = model.prefix_kv(backbone, len(tokens))  # (depth, 2, H, L, Dh)
         gpt = model.backbone or backbone
         logits = gpt(tokens, prefix_kv, target_positions).float()  # (B, Q, V)
-    # Labels of -100 do not count.
+    # Labels of -100 do not count. A text has targets; a row that only fills up has none.
     total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-    return total / len(tokens), (labels >= 0).sum()
+    return total / (labels[:, 0] >= 0).sum(), (labels >= 0).sum()
 
 
 def loss_function(config: Config, data: Data) -> Callable:
@@ -341,11 +340,11 @@ def evaluate(
     count = data.count(split)
     loss_sum, correct_sum = torch.zeros(2, device=config.device)
     bar = tqdm(desc=split, total=count, unit=data.unit, **BAR | {"leave": False})
-    for batch in batches(config, data, split):
+    for examples, batch in batches(config, data, split):
         loss, correct = loss_of(model, backbone, bf16, *batch, prefix_kv=prefix_kv)
-        loss_sum += loss * len(batch[0])
+        loss_sum += loss * examples
         correct_sum += correct
-        bar.update(len(batch[0]))
+        bar.update(examples)
     bar.close()
     if not loss_sum.isfinite():
         return math.nan

@@ -70,8 +70,16 @@ def run_lock(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (folder / ".lock").unlink(missing_ok=True)
-        lock.release()
+        # Delete the lock while it is held, so that nobody else's goes. Windows refuses to delete
+        # an open file; there, release it first. A lock that stays is free and harms nobody.
+        try:
+            (folder / ".lock").unlink(missing_ok=True)
+            lock.release()
+        except OSError:
+            lock.release()
+            with suppress(OSError):
+                (folder / ".lock").unlink(missing_ok=True)
+
         # Folders that this call made and nothing was put into.
         with suppress(OSError):
             for path in made:
@@ -338,18 +346,27 @@ def check_fit(config: Any, backbone: Any, data: Any, split: str) -> None:
 # What a run reads, writes and prints.
 
 
-def batches(config: Any, data: Any, split: str, **order: Any) -> Iterator[tuple[Tensor, ...]]:
-    """data.batches on the device, copied while the GPU is still busy with the batch before.
+def batches(config: Any, data: Any, split: str, **order: Any) -> Iterator[tuple[int, tuple]]:
+    """(number of examples, data.batches on the device): copied while the GPU is still busy.
 
-    For a compiled step, a last batch of images is filled up: labels of -100 count nowhere.
+    For a compiled step, a batch of images that is not full is filled up, and so are a single text
+    and a single target: the compiler would make one more graph for each. Labels of -100 count
+    nowhere.
     """
     for batch in data.batches(split, config.batch, pin=config.device == "cuda", **order):
-        missing = config.batch - len(batch[0])
-        if config.compile and not data.text and missing:
+        examples = len(batch[0])
+        if config.compile and data.text:
+            tokens, positions, labels = batch  # (B, T), 2 x (B, Q)
+            row, column = int(examples == 1), int(labels.shape[1] == 1)
+            tokens = F.pad(tokens, (0, 0, 0, row))
+            positions = F.pad(positions, (0, column, 0, row))
+            batch = (tokens, positions, F.pad(labels, (0, column, 0, row), value=-100))
+        elif config.compile:
             pixels, labels = batch
+            missing = config.batch - examples
             pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, missing))  # (B, size, size, 3)
             batch = (pixels, F.pad(labels, (0, missing), value=-100))
-        yield tuple(tensor.to(config.device, non_blocking=True) for tensor in batch)
+        yield examples, tuple(tensor.to(config.device, non_blocking=True) for tensor in batch)
 
 
 @torch.inference_mode()

@@ -419,3 +419,27 @@ def test_the_head_computes_in_fp32_under_autocast(small_vit):
         logits = model.logits(features)
     assert torch.equal(logits, model.head(features))
     assert not torch.equal(logits.bfloat16().float(), logits)  # what rounding would lose
+
+
+def test_a_text_run_compiles_two_graphs_though_a_batch_has_one_text(tmp_path, monkeypatch):
+    pairs = [{"source": f"name {i}" * (1 + i % 3), "target": f"It is {i}."} for i in range(27)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    quick = {"task": str(path), "epochs": 2, "batch": 7, "lr": 1e-3, "final": False}
+    config = Config(**quick, backbone="scratch_gpt", device="cpu", out=str(tmp_path / "eager"))
+    backbone = load_backbone(config)
+    data = load(config.task, **backbone.inputs)
+    assert data.count("train") % 7 == 1
+    eager = train(config, backbone, data)
+
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, dynamic: compiler(f, dynamic=dynamic, backend="eager")
+    )
+    compiled = train(replace(config, compile=True, out=str(tmp_path / "compiled")), backbone, data)
+    assert counters["stats"]["unique_graphs"] == 2  # of training and of evaluation
+    for ours, theirs in zip(compiled.history, eager.history, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
