@@ -122,7 +122,7 @@ def fit(  # noqa: C901, PLR0915  (one run, one story)
     # A folder that already holds this run says where to go on.
     out = Path(config.out)
     identity = {"config": asdict(config), "fingerprint": backbone.fingerprint}
-    identity["data"] = getattr(data, "identity", {})
+    identity["data"] = data.identity
     metadata = identity | data.metadata
     if data.listing is not None and not (out / "config.json").exists():  # a split made here
         write(out / "split.json", json.dumps(data.listing, indent=1).encode())
