@@ -221,7 +221,6 @@ def in_form(text: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the two lines are being rewritten")
 def test_a_run_prints_its_two_lines_in_the_form_that_the_readme_shows(world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     words = "--task digits --shared --device cpu --epochs 1 --out out/form"
@@ -231,7 +230,6 @@ def test_a_run_prints_its_two_lines_in_the_form_that_the_readme_shows(world, mon
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="load_run is being written")
 def test_the_python_of_the_readme_trains_and_predicts(world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     (code,) = blocks(ROOT / "README.md", "python")
