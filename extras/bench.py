@@ -127,7 +127,8 @@ def candidate(
             optimizer = make_optimizer(config, model.train())
             arguments = (loss_of, model, vit, bf16, optimizer, (pixels, labels))
             return partial(train_step, *arguments)
-        prefix_kv = model.eval().prefix_kv(vit).detach()  # (depth, 2, H, L, Dh)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
+            prefix_kv = model.eval().prefix_kv(vit).detach()  # (depth, 2, H, L, Dh)
         return torch.no_grad()(partial(loss_of, model, vit, bf16, pixels, labels, prefix_kv))
 
     # A peer.

@@ -1,33 +1,51 @@
-"""What a sweep found, as a table and as figures. Means come with the standard deviation over seeds and the standard
-error of the mean, s / sqrt(n): two means that differ by less than two or three standard errors are not told apart.
+"""What a sweep found, and what one would cost, as tables and figures; and the curve of a run.
+
+Means come with the standard deviation over seeds and the standard error of the mean, s / sqrt(n).
+Two means that differ by less than two or three standard errors are not told apart.
 """
 
 import io
 import math
-from collections.abc import Callable
+import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
+from torch import nn
 
 from support.files import write
 
-SHARE = ("none", "simple", "linear", "deep")
+# What methods are called in tables and figures; the first three as in the paper.
+NAMES = {
+    "none": "No-share",
+    "simple": "Simple-share",
+    "deep": "Deep-share",
+    "linear": "Linear-share",
+    "probe": "linear probe",
+    "full": "full fine-tuning",
+}
+COLOURS = dict(zip(NAMES, ("gray", *TABLEAU_COLORS), strict=False))
 
 # Test top-1 in % of the paper, read off the bars of its figure (+-0.1); ViT-B/16, ImageNet-21k.
 METHODS = ("none-shallow", "simple-shallow", "deep-shallow", "none", "simple", "deep")
 PUBLISHED = {
-    "cub": dict(zip(METHODS, (85.1, 86.6, 87.2, 85.9, 88.7, 87.8), strict=True)),
-    "nabirds": dict(zip(METHODS, (77.8, 79.3, 81.5, 79.0, 84.3, 84.5), strict=True)),
-    "flowers": dict(zip(METHODS, (97.9, 98.4, 98.6, 97.9, 98.8, 98.2), strict=True)),
-    "dogs": dict(zip(METHODS, (86.4, 90.8, 91.1, 86.3, 90.6, 91.6), strict=True)),
-    "cars": dict(zip(METHODS, (54.7, 55.4, 63.5, 62.4, 82.9, 79.3), strict=True)),
+    "cub": (85.1, 86.6, 87.2, 85.9, 88.7, 87.8),
+    "nabirds": (77.8, 79.3, 81.5, 79.0, 84.3, 84.5),
+    "flowers": (97.9, 98.4, 98.6, 97.9, 98.8, 98.2),
+    "dogs": (86.4, 90.8, 91.1, 86.3, 90.6, 91.6),
+    "cars": (54.7, 55.4, 63.5, 62.4, 82.9, 79.3),
 }
-USED = ("backbone", "optimizer", "batch", "epochs")  # settings that the report names
-COLOURS = dict(zip((*SHARE, "probe", "full"), ("gray", *TABLEAU_COLORS), strict=False))
+
+
+def called(method: str) -> str:
+    """What people call a method of sweep.py."""
+    share = method.removesuffix("-shallow")
+    return NAMES[share] + (", first layer" if share != method else "")
 
 
 @dataclass
@@ -44,84 +62,98 @@ class Row:
     tested: list[dict]  # one per seed
 
     @property
+    def share(self) -> str:
+        """The method without its placement."""
+        return self.method.removesuffix("-shallow")
+
+    @property
     def name(self) -> str:
-        return self.method + (f", L {self.length}" if self.length else "")
+        return called(self.method) + (f", L {self.length}" if self.length else "")
 
     @property
     def accuracies(self) -> list[float]:
         """Test top-1 in % of every seed that did not diverge."""
-        return [line["test"] for line in self.tested if line["status"] == "done"]
+        return [line["test"] for line in self.tested if "test" in line]
 
     @property
     def published(self) -> float | None:
-        return PUBLISHED.get(self.task, {}).get(self.method) if self.fraction == 1 else None
+        if self.fraction < 1 or self.task not in PUBLISHED or self.method not in METHODS:
+            return None
+        return PUBLISHED[self.task][METHODS.index(self.method)]
+
+
+def deviation(values: list[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def standard_error(values: list[float]) -> float:
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return deviation(values) / math.sqrt(len(values))
 
 
-def statistics(values: list[float]) -> tuple[str, str]:
-    """("mean +- standard deviation", "standard error"), with a dash for what one value cannot say."""
-    if not values:
-        return "-", "-"
-    if len(values) == 1:
-        return f"{values[0]:.2f}", "-"
-    return f"{mean(values):.2f} ± {stdev(values):.2f}", f"{standard_error(values):.2f}"
+def unique(values: Iterable) -> list:
+    return list(dict.fromkeys(values))
+
+
+# The table, and what stands around it.
+
+
+def markdown(head: Iterable[str], rows: Iterable[Iterable]) -> str:
+    """A Markdown table."""
+    lines = [list(head), *(["-" if cell is None else str(cell) for cell in row] for row in rows)]
+    made = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([made[0], "|---" * len(lines[0]) + "|", *made[1:]])
 
 
 def table(rows: list[Row]) -> str:
     """The results as a Markdown table, a line per row."""
-    lines = [
-        "| task | images | method | L | tuned % | base lr | weight decay | val % | test % | s.e. | seeds | paper |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    head = ["task", "images", "method", "L", "tuned %", "base lr", "weight decay", "val %"]
+    head += ["test %", "s.e.", "seeds", "paper"]
+    made = []
     for row in rows:
-        start = f"| {row.task} | {row.images} | {row.method} | {row.length or '-'} |"
-        if not row.ranked:
-            lines.append(f"{start} - | - | - | - | all diverged | - | 0 | {row.published or '-'} |")
-            continue
-        (line,) = row.ranked
-        lr, wd = line["settings"]["lr"], line["settings"]["wd"]
-        spread, error = statistics(row.accuracies)
-        tuned = 100 * line["trained"] / line["backbone"]
-        lines.append(
-            f"{start} {tuned:.2f} | {lr:g} | {wd:g} | {line['val']:.2f} | {spread} | {error} "
-            f"| {len(row.accuracies)} | {row.published or '-'} |"
-        )
-    return "\n".join(lines)
+        # The chosen run: what it trains, its settings and its val accuracy.
+        cells = [row.task, row.images, called(row.method), row.length]
+        if row.ranked:
+            chosen = row.ranked[0]
+            cells.append(f"{100 * chosen['trained'] / chosen['backbone']:.2f}")
+            cells += [f"{chosen['settings'][name]:g}" for name in ("lr", "wd")]
+            cells.append(f"{chosen['val']:.2f}")
+        else:
+            cells += [None] * 4
 
-
-def counterpart(row: Row, rows: list[Row]) -> Row | None:
-    """The No-share row to compare a shared one with: of the same placement and, if there are several, length."""
-    share, _, placement = row.method.partition("-")
-    if share not in SHARE[1:]:
-        return None
-    name = "none-shallow" if placement else "none"
-    same = [r for r in rows if (r.task, r.method, r.fraction) == (row.task, name, row.fraction)]
-    return same[0] if len(same) == 1 else next((r for r in same if r.length == row.length), None)
+        # The final runs: mean, standard deviation and standard error.
+        found, error = row.accuracies, None
+        test = f"{mean(found):.2f}" if found else None
+        if len(found) > 1:
+            few = " (two seeds)" if len(found) == 2 else ""
+            test = f"{test} ± {stdev(found):.2f}{few}"
+            error = f"{standard_error(found):.2f}"
+        elif not row.ranked:
+            test = "all diverged"
+        made.append([*cells, test, error, len(found), row.published])
+    return markdown(head, made)
 
 
 def does_sharing_help(rows: list[Row]) -> list[str]:
     """Shared minus No-share where all else is equal, paired by seed: a sentence per pair."""
     sentences = []
     for row in rows:
-        base = counterpart(row, rows)
-        theirs = (
-            {line["settings"]["seed"]: line["test"] for line in base.tested if "test" in line}
-            if base
-            else {}
+        # The No-share row of the same placement and, if there are several, of the same length.
+        base = row.method.replace(row.share, "none")
+        same = [r for r in rows if (r.task, r.method, r.fraction) == (row.task, base, row.fraction)]
+        same = [r for r in same if len(same) == 1 or r.length == row.length]
+        if not same or row.share in ("none", "probe", "full"):
+            continue
+        ours, theirs = (
+            {line["settings"]["seed"]: line["test"] for line in r.tested if "test" in line}
+            for r in (row, same[0])
         )
-        pairs = [
-            (line["test"], theirs.get(line["settings"]["seed"]))
-            for line in row.tested
-            if "test" in line
-        ]
-        gains = [ours - none for ours, none in pairs if none is not None]
-        if base and gains:
+        gains = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+        if gains:
             error = f" ± {standard_error(gains):.2f} (standard error)" if len(gains) > 1 else ""
-            names = f"{row.task}, {row.images} images: {row.name} minus {base.name}"
-            sentences.append(f"- {names}: {mean(gains):+.2f}{error} points over {len(gains)} seeds")
+            sentences.append(
+                f"- {row.task}, {row.images} images: {row.name} minus {same[0].name}: "
+                f"{mean(gains):+.2f}{error} points over {len(gains)} seeds"
+            )
     return sentences
 
 
@@ -132,15 +164,16 @@ def diverged(rows: list[Row]) -> list[str]:
         for line in row.tried + row.tested:
             if line["status"] == "diverged":
                 s = line["settings"]
+                run = "final run" if s["final"] else "grid"
                 listed.append(
-                    f"- {row.task}, {row.images} images, {row.name}: base lr {s['lr']:g}, weight decay {s['wd']:g}, "
-                    f"seed {s['seed']}, {'final run' if s['final'] else 'grid'}, in epoch {line['epochs']}"
+                    f"- {row.task}, {row.images} images, {row.name}: base lr {s['lr']:g}, weight "
+                    f"decay {s['wd']:g}, seed {s['seed']}, {run}, in epoch {line['epochs']}"
                 )
-    return list(dict.fromkeys(listed))
+    return unique(listed)
 
 
 def effort(rows: list[Row]) -> str:
-    """Which search was used, and what it spent: epochs trained of those that the full grid would have taken."""
+    """Which search was used, and its epochs of those that the full grid would have taken."""
     spent, full = 0, 0
     for row in rows:
         epochs: dict[tuple, int] = {}
@@ -148,133 +181,160 @@ def effort(rows: list[Row]) -> str:
             run = (line["settings"]["lr"], line["settings"]["wd"])
             epochs[run] = max(epochs.get(run, 0), line["epochs"])
         spent += sum(epochs.values())
-        full += sum(row.tried[0]["settings"]["epochs"] for _ in epochs)
+        full += row.tried[0]["settings"]["epochs"] * len(epochs)
     if any(line["stop"] for row in rows for line in row.tried):
-        return f"successive halving, {spent} of the full grid's {full} epochs ({100 - 100 * spent / full:.0f} % saved)"
+        saved = 100 - 100 * spent / full
+        return f"successive halving, {spent} of the full grid's {full} epochs ({saved:.0f} % saved)"
     return f"the full grid, {sum(len(row.tried) for row in rows)} runs, {spent} epochs"
 
 
 def text(rows: list[Row]) -> str:
-    used = {
-        key: ", ".join(dict.fromkeys(str(r.tried[0]["settings"][key]) for r in rows))
-        for key in USED
-    }
+    """report.md."""
+    used = [
+        f"{key} " + ", ".join(unique(str(row.tried[0]["settings"][key]) for row in rows))
+        for key in ("backbone", "optimizer", "batch", "epochs")
+    ]
     parts = [
         "# Sweep",
-        f"Backbone {used['backbone']}, {used['optimizer']}, batch {used['batch']}, {used['epochs']} epochs a run. "
-        f"Search: {effort(rows)}; choice on val after the last epoch, ties to the smaller learning rate. "
-        "Test: mean ± standard deviation over seeds of the last epoch's top-1; s.e.: standard error of that mean. "
-        "TunedModel: trained parameters, head included, in % of the backbone's. Paper: its figure, where it has one.",
+        f"Of a run: {'; '.join(used)}. Search: {effort(rows)}; choice on val after the last "
+        "epoch, ties to the smaller learning rate. Test: mean ± standard deviation over seeds of "
+        "the last epoch's top-1; s.e.: standard error of that mean. Tuned: trained parameters, "
+        "head included, in % of the backbone's. Paper: its figure, where it has one.",
         table(rows),
     ]
     if gains := does_sharing_help(rows):
-        parts += [
-            "Does sharing help? Difference in test accuracy, paired by seed:",
-            "\n".join(gains),
-        ]
+        parts += ["Does sharing help? Difference in test accuracy, paired by seed:"]
+        parts += ["\n".join(gains)]
     if lost := diverged(rows):
         parts += [f"Diverged ({len(lost)} runs; never chosen, not in any mean):", "\n".join(lost)]
     return "\n\n".join(parts) + "\n"
 
 
-def limits(rows: list[Row]) -> tuple[float, float]:
-    """An axis of accuracies that shows differences, with room for labels above; the axis label says where it starts."""
-    values = [
-        v for row in rows for v in [*row.accuracies, *([row.published] if row.published else [])]
-    ]
-    low, high = min(values), max(values)
-    return max(0.0, math.floor(low - 0.4 * (high - low) - 1)), min(
-        105.0, math.ceil(high + 0.15 * (high - low) + 1)
-    )
+# The figures.
 
 
 def labels(rows: list[Row]) -> list[str]:
-    """What a row is called in a figure: its method, with L only if one method was swept over several."""
+    """What a row is called in a figure: with L only if a method was swept over several."""
     swept = len({(row.task, row.method, row.fraction) for row in rows}) < len(rows)
-    return [row.name if swept else row.method for row in rows]
+    return [row.name if swept else called(row.method) for row in rows]
+
+
+def seeds(rows: list[Row]) -> str:
+    """How many seeds the means of a figure have."""
+    counts = sorted({len(row.accuracies) for row in rows})
+    span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"mean and standard deviation over {span} seed{'s' * (counts[-1] > 1)}"
 
 
 def bars(axes: Axes, rows: list[Row], tasks: list[str]) -> None:
-    """A group of bars per task, a bar per method, with standard deviations; a black line is the paper's figure."""
+    """A group of bars per task, a bar per method; a black line is the paper's figure."""
     names = labels(rows)
-    series = list(dict.fromkeys(names))
+    series = unique(names)
     width = 0.8 / len(series)
     for i, name in enumerate(series):
         mine = [row for row, label in zip(rows, names, strict=True) if label == name]
-        at = [tasks.index(row.task) + (i - (len(series) - 1) / 2) * width for row in mine]
+        x = [tasks.index(row.task) + (i - (len(series) - 1) / 2) * width for row in mine]
         means = [mean(row.accuracies) for row in mine]
-        spread = [stdev(row.accuracies) if len(row.accuracies) > 1 else 0.0 for row in mine]
-        colour, alpha = COLOURS[mine[0].method.removesuffix("-shallow")], 1 - 0.5 * i / len(series)
         drawn = axes.bar(
-            at, means, width * 0.92, yerr=spread, capsize=3, label=name, color=colour, alpha=alpha
+            x,
+            means,
+            width * 0.92,
+            yerr=[deviation(row.accuracies) for row in mine],
+            capsize=3,
+            label=name,
+            color=COLOURS[mine[0].share],
+            alpha=1 - 0.5 * i / len(series),
         )
         axes.bar_label(drawn, [f"{m:.1f}" for m in means], padding=2, fontsize=8)
-        known = [(x, row.published) for x, row in zip(at, mine, strict=True) if row.published]
-        for x, value in known:
-            label = "paper" if (x, name) == (known[0][0], series[0]) else ""
-            axes.hlines(value, x - width / 2, x + width / 2, color="black", label=label)
-    axes.set_xticks(
-        range(len(tasks)), tasks, rotation=30 if len(tasks) > 8 else 0, parse_math=False
-    )
+        for at, row in zip(x, mine, strict=True):
+            if row.published:
+                axes.hlines(row.published, at - width / 2, at + width / 2, color="black")
+    if any(row.published for row in rows):
+        axes.plot([], [], color="black", label="the paper")
+    axes.set_xticks(range(len(tasks)), tasks, rotation=30 * (len(tasks) > 8), parse_math=False)
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, frameon=False)
 
 
 def bar_figure(rows: list[Row]) -> Figure:
-    """As in the paper: a group per task, one panel for prefixes in the first layer, one for all layers."""
+    """As in the paper: a group per task, a panel for the first layer and one for all layers."""
+    # Of several fractions of the training images, the largest.
     most = {
-        task: max(row.fraction for row in rows if row.task == task)
-        for task in dict.fromkeys(r.task for r in rows)
+        task: max(r.fraction for r in rows if r.task == task) for task in (r.task for r in rows)
     }
     rows = [row for row in rows if row.fraction == most[row.task]]
-    panels = {"first layer": [row for row in rows if row.method.endswith("-shallow")]}
-    panels["all layers"] = [row for row in rows if not row.method.endswith("-shallow")]
-    panels = {title: shown for title, shown in panels.items() if shown}
+    panels = {
+        "first layer": [row for row in rows if row.share != row.method],
+        "all layers": [row for row in rows if row.share == row.method],
+    }
+    panels = {where: shown for where, shown in panels.items() if shown}
+
+    # An axis that shows differences, with room for labels above.
+    values = [value for row in rows for value in row.accuracies]
+    values += [row.published for row in rows if row.published]
+    span = max(values) - min(values)
+    low = max(0, math.floor(min(values) - 0.4 * span - 1))
+    high = min(105, math.ceil(max(values) + 0.15 * span + 1))
+
     width = max(5.5, 1 + 0.45 * len(rows) / len(panels))
     figure = Figure(figsize=(width * len(panels), 4), layout="constrained")
-    low, high = limits(rows)
-    for axes, (title, shown) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
+    every = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (where, shown) in zip(every, panels.items(), strict=True):
         bars(axes, shown, list(most))
-        axes.set(title=f"{title} (mean, standard deviation over seeds)", ylim=(low, high))
-        axes.set_ylabel("test accuracy, %" + (f" (axis starts at {low:g})" if low else ""))
+        axes.set(title=f"{where} ({seeds(shown)})", ylim=(low, high))
+        axes.set_ylabel("test accuracy, %" + (f" (axis starts at {low})" if low else ""))
     return figure
 
 
 def fraction_figure(rows: list[Row]) -> Figure:
-    """Accuracy against the number of training images, a panel per task: the paper's claim about sample efficiency."""
-    tasks, names = list(dict.fromkeys(row.task for row in rows)), labels(rows)
+    """Accuracy against the number of training images, a panel per task: sample efficiency."""
+    tasks, names = unique(row.task for row in rows), labels(rows)
     figure = Figure(figsize=(5 * len(tasks), 4), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        for name in dict.fromkeys(names):
-            mine = [
-                row
-                for row, label in zip(rows, names, strict=True)
-                if (row.task, label) == (task, name)
-            ]
-            spread = [stdev(row.accuracies) if len(row.accuracies) > 1 else 0.0 for row in mine]
-            counts, means = [row.images for row in mine], [mean(row.accuracies) for row in mine]
-            method, style = (
-                name.split(",")[0].removesuffix("-shallow"),
-                "--" if "-shallow" in name else "-",
-            )
+        here = [(row, name) for row, name in zip(rows, names, strict=True) if row.task == task]
+        for label in unique(name for _, name in here):
+            mine = [row for row, name in here if name == label]
             axes.errorbar(
-                counts,
-                means,
-                spread,
+                [row.images for row in mine],
+                [mean(row.accuracies) for row in mine],
+                [deviation(row.accuracies) for row in mine],
                 marker="o",
                 capsize=3,
-                label=name,
-                color=COLOURS[method],
-                linestyle=style,
+                label=label,
+                color=COLOURS[mine[0].share],
+                linestyle="-" if mine[0].share == mine[0].method else "--",
             )
-        shown = sorted({row.images for row in rows if row.task == task})
+        shown = sorted({row.images for row, _ in here})
         axes.set(xscale="log", xlabel="training images", ylabel="test accuracy, %")
-        axes.set_title(task, parse_math=False)
+        axes.set_title(f"{task} ({seeds([row for row, _ in here])})", parse_math=False, fontsize=10)
         axes.set_xticks(shown, [str(n) for n in shown])
         axes.set_xticks([], minor=True)
         axes.legend(fontsize=8, loc="lower right")
     return figure
+
+
+def curve(history: list[dict], title: str) -> bytes:
+    """A PNG of the loss over the epochs, with the training accuracy or the loss on val (text)."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    left = figure.add_subplot(xlabel="epoch")
+    left.set_title(title, parse_math=False)
+    epochs = [row["epoch"] for row in history]
+    drawn = left.plot(epochs, [row["loss"] for row in history], "tab:blue", label="training loss")
+    if "val loss" in history[0]:
+        losses = [row["val loss"] for row in history]
+        drawn += left.plot(epochs, losses, "tab:orange", label="val loss")
+        left.set_ylabel("loss of a token, nats")
+    else:
+        # Two axes: each has the colour of its line.
+        right = left.twinx()
+        accuracies = [row["train"] for row in history]
+        drawn += right.plot(epochs, accuracies, "tab:orange", label="training accuracy")
+        right.set(ylim=(0, 101))
+        right.set_ylabel("training accuracy, %", color="tab:orange")
+        right.tick_params(axis="y", colors="tab:orange")
+        left.set_ylabel("training loss", color="tab:blue")
+        left.tick_params(axis="y", colors="tab:blue")
+    left.legend(handles=drawn, loc="center right")
+    return png(figure)
 
 
 def png(figure: Figure) -> bytes:
@@ -284,36 +344,113 @@ def png(figure: Figure) -> bytes:
 
 
 def save(folder: Path, rows: list[Row]) -> list[Path]:
-    """Write report.md, report.png, and fraction.png if several fractions were swept; the paths written."""
-    write(folder / "report.md", text(rows).encode())
-    drawn: dict[str, Callable] = {"report.png": bar_figure}
-    if len({row.fraction for row in rows}) > 1:
-        drawn["fraction.png"] = fraction_figure
+    """Write report.md, report.png, and fraction.png if there are several; the paths written."""
+    files: dict[str, bytes] = {"report.md": text(rows).encode()}
     tested = [row for row in rows if row.accuracies]
-    if not tested:
-        return [folder / "report.md"]
-    for name, draw in drawn.items():
-        write(folder / name, png(draw(tested)))
-    return [folder / name for name in ("report.md", *drawn)]
+    if tested:
+        files["report.png"] = png(bar_figure(tested))
+        if len({row.fraction for row in rows}) > 1:
+            files["fraction.png"] = png(fraction_figure(tested))
+    for name, content in files.items():
+        write(folder / name, content)
+    return [folder / name for name in files]
 
 
-def curve(history: list[dict], title: str) -> bytes:
-    """A PNG of the loss over the epochs, with the training accuracy (images) or the loss on val (text)."""
-    epochs = [row["epoch"] for row in history]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    left = figure.add_subplot(xlabel="epoch", ylabel="training loss")
-    left.set_title(title, parse_math=False)
-    left.plot(epochs, [row["loss"] for row in history], color="tab:blue", label="training loss")
-    if "val loss" in history[0]:
-        left.plot(
-            epochs, [row["val loss"] for row in history], color="tab:orange", label="val loss"
-        )
-        left.legend()
-        left.set_ylabel("loss of a token, nats")
+# The lines that a run prints.
+
+
+def first_line(
+    config: Any, data: Any, backbone: Any, name: str, whose: str, count: int, dtype: str
+) -> str:
+    """What a run prints before it starts: data, method, settings and whose they are, machine."""
+    sizes = ", ".join(f"{data.count(split):,} {split}" for split in ("train", "val", "test"))
+    classes = "" if data.text else f"{len(data.classes)} classes; "
+    length = f"L {config.length}, " if config.tune == "prefix" else ""
+    base = "" if data.text else "base "
+    epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs} epochs"
+    normalisation = "" if data.text else f"{backbone.normalisation}; "
+    return (
+        f"{config.task}: {classes}{sizes} {data.unit}; "
+        f"{name}, {length}{base}lr {config.lr:g}, weight decay {config.wd:g} ({whose}), "
+        f"batch {config.batch}, {epochs} of {count:,} {data.unit}; "
+        f"{normalisation}{config.device}, {dtype}"
+    )
+
+
+def summary(history: list[dict], data: Any) -> str:
+    """What a run came to, and on how many images or texts."""
+    last = history[-1]
+    if last.get("status") == "diverged":
+        return f"diverged in epoch {last['epoch']}: the loss is not finite"
+    for split in ("val", "test"):
+        if split in last:
+            return f"{split} accuracy {last[split]:.2f} % of {data.count(split):,} {data.unit}"
+    hidden = ("epoch", "loss", "val loss", "status")
+    scores = [f"{name} {value:.2f}" for name, value in last.items() if name not in hidden]
+    return f"{', '.join(scores)}; {len(data.splits['test']):,} test sources"
+
+
+def last_line(history: list[dict], config: Any, model: Any, backbone: Any, data: Any) -> str:
+    """What a run prints at its end: result, what was trained and remains, the next command."""
+    if history[-1].get("status") == "diverged":
+        return f"{summary(history, data)}; try a smaller --lr; {config.out}"
+    sizes = f"trained {size(model):,} parameters"
+    if model.backbone is None:
+        sizes += f" beside a frozen backbone of {size(backbone):,}"
     else:
-        right = left.twinx()
-        right.set(ylabel="training accuracy, %", ylim=(0, 101))
-        right.plot(epochs, [row["train"] for row in history], color="tab:orange")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+        sizes += f", the backbone's {size(backbone):,} among them"
+
+    # The map that made the prefix is not needed any more.
+    remain = []
+    if model.prefix is not None:
+        remain.append(f"{model.prefix_kv(backbone).numel():,} of prefix")
+    if model.head is not None:
+        remain.append(f"{size(model.head):,} of head")
+    if model.backbone is None:
+        sizes += f"; {' and '.join(remain)} remain"
+
+    # An input on which to try it.
+    example = "assets/digit.png" if config.task == "digits" else "photo.jpg"
+    if data.text:
+        example = shlex.quote(data.splits["test"][0].source[:200])
+    command = f"python -m extras.sample {shlex.quote(config.out)} {example}"
+    return f"{summary(history, data)}; {sizes}; {config.out}; next: {command}"
+
+
+def size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# The plan of a sweep that has not run.
+
+
+@dataclass
+class Cost:
+    """What one row of the table would cost."""
+
+    task: str
+    method: str
+    length: int | None
+    fraction: float
+    runs: int
+    images: int  # that pass in training, each as often as it does
+    flops: float
+    hours: float
+
+
+def plan(rows: list[Cost], speed: str) -> str:
+    """The costs as a table with their sums. speed: what the hours were computed from."""
+    head = ["task", "method", "L", "fraction", "runs", "image-steps", "PFLOP", "hours"]
+    sums = [
+        sum(column)
+        for column in zip(*((r.runs, r.images, r.flops, r.hours) for r in rows), strict=True)
+    ]
+    lines = [
+        [r.task, called(r.method), r.length, r.fraction, r.runs, r.images, r.flops, r.hours]
+        for r in rows
+    ]
+    made = [
+        [*start, runs, f"{images:,}", f"{flops / 1e15:.4g}", f"{hours:.3g}"]
+        for *start, runs, images, flops, hours in [*lines, ["together", None, None, None, *sums]]
+    ]
+    return f"{markdown(head, made)}\nhours: on one device, at {speed}; evaluation is included"

@@ -1,45 +1,59 @@
-"""What a run leaves on disk: how it is cut off without harm, goes on, and ends.
+"""What surrounds a run: its folder on disk, what it prints, the process and the backbone it needs.
 
     config.json            the settings; a folder takes no run with others
-    state.pt               after every epoch: weights, momentum and metrics, all that `resume` needs; gone at the end
-    metrics.jsonl          a row per epoch; the last one has a "status" and what the run is judged by
-    prefix.safetensors     at the end: prefix and head, with all that `sample.py` must know to use them
+    state.pt               after every epoch: all that `resume` needs; gone at the end
+    metrics.jsonl          a row per epoch; the last one has a "status" and the run's result
+    prefix.safetensors     at the end: prefix and head, and what extras.sample must know to use them
     backbone.safetensors   at the end, if the backbone itself was trained
     curve.png              loss, and accuracy or val loss, over the epochs of a final run
-    generated.jsonl        of a text task: source, references and output
+    generated.jsonl        of a text task: source, references and output, in the test set's order
+    generated.txt          its outputs alone, one a line
 
-Every file is written under another name and renamed, so it is whole or absent. A run with a `state.pt` is not over, and
-goes on from that file alone: a kill at any moment costs at most the epoch it fell into. Of a run that is over, the
-weights are read, which know its metrics. Both have checksums: what a disk has changed is refused or mended, never used.
+Every file is written under another name and renamed, so it is whole or absent. A run with a
+`state.pt` is not over and goes on from that file alone: a kill costs at most one epoch. Of a run
+that is over, the weights are read, which know its metrics.
 """
 
+import ctypes
+import hashlib
 import io
 import json
+import math
 import socket
-import zipfile
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from filelock import FileLock, Timeout
-from torch import nn
+from safetensors import safe_open
+from safetensors.torch import save as pack
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from support import files, report
+from support import report
 from support.files import UsageError, write
+from support.metrics import RULES, score
 
-UNSEEN = {
-    "out",
-    "data_dir",
-    "device",
-    "compile",
-}  # settings that may change while a run is under way
+BAR = {  # of every progress bar: in a log, a line every 30 seconds
+    "mininterval": 0.2 if sys.stderr and sys.stderr.isatty() else 30,
+    "dynamic_ncols": True,
+    "leave": None,
+    "delay": 2,
+}
+UNSEEN = {"out", "data_dir", "device", "compile"}  # settings that may change during a run
+TYPED = {"task", "backbone"}  # how they were typed: what they hold is compared
+KEPT = ("config.json", "state.pt", "metrics.jsonl", "prefix.safetensors")
+WRITE = 16  # texts that are written at once
 
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Make a folder and keep other processes out of it. The system lets go if this one is killed."""
+    """Make a folder and keep other processes out of it. A kill releases the lock, too."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,57 +70,74 @@ def run_lock(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (folder / ".lock").unlink(missing_ok=True)
-        lock.release()
+        # Delete the lock while it is held, so that nobody else's goes. Windows refuses to delete
+        # an open file; there, release it first. A lock that stays is free and harms nobody.
+        try:
+            (folder / ".lock").unlink(missing_ok=True)
+            lock.release()
+        except OSError:
+            lock.release()
+            with suppress(OSError):
+                (folder / ".lock").unlink(missing_ok=True)
+
+        # Folders that this call made and nothing was put into.
         with suppress(OSError):
             for path in made:
-                path.rmdir()  # if nothing has come into it
+                path.rmdir()
 
 
 def resume(
-    out: Path, settings: dict, model: nn.Module, optimizer: torch.optim.Optimizer
+    out: Path, identity: dict, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> list[dict]:
-    """Bring model and optimizer to where the run in `out` stands and return its metrics; a new run has none.
+    """Bring model and optimizer to where the run in `out` stands; its metrics, [] for a new run.
 
-    UsageError if the folder holds a run with other settings, or files that do not fit or cannot be read.
+    identity: "config", "fingerprint" of the backbone, and digests of the "data". UsageError if the
+    folder holds a run with another identity, or files that do not fit or cannot be read.
     """
-    if not any(
-        (out / name).exists()
-        for name in ("config.json", "state.pt", "metrics.jsonl", "prefix.safetensors")
-    ):
-        write(out / "config.json", json.dumps(settings, indent=2).encode())
+    # A new run.
+    if not any((out / name).exists() for name in KEPT):
+        write(out / "config.json", json.dumps(identity, indent=2).encode())
+        return []
     try:
+        # The same run?
         old = json.loads((out / "config.json").read_bytes())
-        clash = [
-            f"{k} {old.get(k)} (not {v})"
-            for k, v in settings.items()
-            if k not in UNSEEN and old.get(k) != v
-        ]
-        if clash:
+        changed = differences(old, identity)
+        if changed:
             raise UsageError(
-                f"{out} holds a run with {', '.join(clash)}; choose another --out or delete that folder"
+                f"{out} holds a run with {', '.join(changed)}; "
+                "choose another --out or delete that folder"
             )
+
+        # A run that is not over goes on from its checkpoint.
         if (out / "state.pt").exists():
-            return restore(out / "state.pt", model, optimizer)
+            state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            return state["history"]
         return finished(out, model)
     except UsageError:
         raise
     except Exception as error:  # whatever a damaged file leads to
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"{out} cannot be resumed ({reason}); delete that folder to start anew"
+            f"{out} cannot be resumed ({reason(error)}); delete that folder to start anew"
         ) from error
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
-    """Where an unfinished run stands. PyTorch writes checksums into its archive, but does not look at them."""
-    with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():
-            raise ValueError(f"{path.name} is damaged in {damaged}")
-    state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["history"]
+def differences(old: dict, new: dict) -> list[str]:
+    """In what two runs differ, in words. ValueError for a run of an older version."""
+    if "config" not in old or not new["config"].keys() <= old["config"].keys():
+        raise ValueError("it was left by an older version")
+    changed = [
+        f"{name} {old['config'][name]} (not {value})"
+        for name, value in new["config"].items()
+        if name not in UNSEEN | TYPED and old["config"][name] != value
+    ]
+    if old["fingerprint"] != new["fingerprint"]:
+        changed.append(f"another backbone ({old['config']['backbone']}; its weights differ)")
+    parts = [part for part in new["data"] if old["data"].get(part) != new["data"][part]]
+    if parts:
+        changed.append(f"other data ({old['config']['task']}: {', '.join(parts)} differ)")
+    return changed
 
 
 def finished(out: Path, model: nn.Module) -> list[dict]:
@@ -115,151 +146,348 @@ def finished(out: Path, model: nn.Module) -> list[dict]:
     if (out / "prefix.safetensors").exists():
         history = load(out, model)["history"]
         if not path.exists() or path.read_bytes() != lines(history):
-            write(path, lines(history))  # the weights know it under their checksum
+            write(path, lines(history))  # a kill came between the two files
         return history
     rows = [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
-    if rows and (
-        rows[-1].get("status") != "diverged"
-        or [row["epoch"] for row in rows] != [*range(1, 1 + len(rows))]
-    ):
-        raise ValueError(f"{path.name} is of no diverged run, and prefix.safetensors is missing")
+    if rows and rows[-1].get("status") != "diverged":
+        raise ValueError("prefix.safetensors is missing")
     return rows
-
-
-def load(out: Path, model: nn.Module) -> dict:
-    """Fill the model with what a finished run kept, and return its facts. ValueError or RuntimeError if damaged."""
-    state, strings = files.read_weights(out / "prefix.safetensors")
-    if model.backbone is not None:
-        kept, _ = files.read_weights(out / "backbone.safetensors")
-        state |= {f"backbone.{name}": value for name, value in kept.items()}
-    model.load_state_dict(state)
-    return {name: json.loads(text) for name, text in strings.items()}
-
-
-def lines(history: list[dict]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in history).encode()
 
 
 def save(
     out: Path,
-    facts: dict,
+    metadata: dict,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     history: list[dict],
-    title: str = "",
+    heading: str = "",
 ) -> None:
-    """While the last row of metrics has no status: state.pt. Then: what a user keeps, and state.pt goes.
+    """After an epoch: state.pt. At the end: what a user keeps, and state.pt goes.
 
-    facts: what prefix.safetensors says of itself. title: of a curve, if one is to be drawn.
+    metadata: what prefix.safetensors says of itself. heading: of the curve, if one is to be drawn.
     """
     status = history[-1].get("status")
     if status is None:
         buffer = io.BytesIO()
-        torch.save(
-            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history},
-            buffer,
-        )
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(state | {"history": history}, buffer)
         write(out / "state.pt", buffer.getvalue())
     if status == "done":
-        state = {
-            name: value
-            for name, value in model.state_dict().items()
-            if not name.startswith("backbone.")
-        }
-        known = {name: json.dumps(value) for name, value in (facts | {"history": history}).items()}
+        # The sizes of a trained backbone are what `--backbone FILE` reads.
         if model.backbone is not None:
-            sizes = {
-                type(model.backbone).__name__.lower(): json.dumps(model.backbone.sizes)
-            }  # `from_file` reads it
-            write(out / "backbone.safetensors", files.pack(model.backbone.state_dict(), sizes))
-        write(out / "prefix.safetensors", files.pack(state, known))
-    if title:
-        write(out / "curve.png", report.curve(history, title))
+            kind = type(model.backbone).__name__.lower()
+            sizes = {kind: json.dumps(model.backbone.sizes)}
+            write(out / "backbone.safetensors", pack(model.backbone.state_dict(), sizes))
+        state = model.state_dict()
+        state = {name: state[name] for name in state if not name.startswith("backbone.")}
+        known = metadata | {"history": history}
+        strings = {name: json.dumps(value) for name, value in known.items()}
+        write(out / "prefix.safetensors", pack(state, strings))
+    if heading:
+        write(out / "curve.png", report.curve(history, heading))
     write(out / "metrics.jsonl", lines(history))
-    if status is not None:  # the run is over
-        for leftover in (
-            out / "state.pt",
-            *out.glob(".*.part"),
-        ):  # a kill may have left a part of a file
-            leftover.unlink(missing_ok=True)
+
+    # The run is over. A kill may have left a part of a file.
+    if status is not None:
+        for leftover in (out / "state.pt", *out.glob(".*.part")):
+            with suppress(OSError):
+                leftover.unlink(missing_ok=True)
+
+
+def lines(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def load(out: Path, model: nn.Module) -> dict:
+    """Fill the model with what a finished run kept; its metadata. Any error if that is damaged."""
+    state, metadata = read_weights(out / "prefix.safetensors")
+    if model.backbone is not None:
+        kept, _ = read_weights(out / "backbone.safetensors")
+        state |= {f"backbone.{name}": value for name, value in kept.items()}
+    model.load_state_dict(state)
+    return metadata
 
 
 def metadata(out: Path) -> dict:
-    """What prefix.safetensors of a finished run says of itself and its data. UsageError if there is none."""
+    """What prefix.safetensors of a finished run says of itself and its data. UsageError if none."""
     try:
-        known = {
-            name: json.loads(text)
-            for name, text in files.read_weights(out / "prefix.safetensors")[1].items()
-        }
-    except (OSError, ValueError, RecursionError) as error:
+        known = read_weights(out / "prefix.safetensors")[1]
+    except Exception as error:  # whatever a damaged file leads to
         raise UsageError(
-            f"{out} is not the folder of a finished run ({error}); train one with train.py"
+            f"{out} is not the folder of a finished run ({reason(error)}); train one with train.py"
         ) from error
     if not {"config", "fingerprint", "classes", "history"} <= known.keys():
         raise UsageError(
-            f"{out} was left by an older version, which kept no settings with the weights; train it anew"
+            f"{out} was left by an older version, which kept no settings with the weights; "
+            "train it anew"
         )
     return known
 
 
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a .safetensors file, and what its metadata say."""
+    with safe_open(path, "pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        strings = file.metadata() or {}
+    strings.pop("sha256", None)  # of older versions
+    return state, {name: json.loads(text) for name, text in strings.items()}
+
+
 def fingerprint(backbone: nn.Module) -> str:
     """Which weights these are: a prefix fits no others."""
-    return files.weights_digest(backbone.state_dict(), {})[:16]
+    made = hashlib.sha256()
+    for name, value in sorted(backbone.state_dict().items()):
+        made.update(name.encode() + value.float().contiguous().numpy(force=True).tobytes())
+    return made.hexdigest()[:16]
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# What a run needs before it starts.
+
+
+def prepare_process() -> None:
+    """TF32 for what stays fp32 on CUDA; on Linux, memory that tensors free is kept.
+
+    Otherwise the C library maps and clears new pages for every tensor above 32 MB.
+    """
+    torch.set_float32_matmul_precision("high")
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)  # glibc has it
+        mallopt(-4, 0)  # M_MMAP_MAX: no mapping for a tensor of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing goes back
+
+
+def device(name: str) -> str:
+    """Where to compute; auto is the GPU if there is one. UsageError for a GPU that there is not."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "--device is cuda, but PyTorch finds no CUDA device here; use --device cpu"
+        )
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def use_bf16(config: Any, backbone: Any) -> bool:
+    """auto: on CUDA; on a CPU with matrix units (AMX) and a wide model."""
+    if config.dtype != "auto":
+        return config.dtype == "bf16"
+    amx = torch.cpu.get_capabilities().get("amx_bf16", False)
+    return config.device == "cuda" or (amx and backbone.dim >= 256)
+
+
+def open_backbone(kind: Any, name: str, pretrained: bool = True) -> Any:
+    """A ViT or GPT (`kind`) by its name, on the CPU in fp32. UsageError if it cannot be had."""
+    try:
+        backbone = kind.load(name, pretrained)
+        for parameter, value in backbone.named_parameters():
+            if not value.isfinite().all():
+                raise ValueError(f"{parameter} holds NaN or infinity")
+        return backbone
+    except Exception as error:  # whatever a damaged or hostile file leads to
+        image = kind.__name__ == "ViT"
+        example = "ViT-B_16.npz" if image else "a folder with model.safetensors"
+        advice = f"give one that you have: --backbone {example}"
+        if name == ("tiny" if image else "tiny_gpt"):
+            advice = "git checkout assets"
+        raise UsageError(
+            f"the backbone '{name}' cannot be used ({reason(error)}); {advice}"
+        ) from error
+
+
+def check_settings(config: Any, text: bool) -> None:
+    """UsageError for a value that no run can have."""
+    for name in ("length", "lr", "epochs", "batch", "beams"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise UsageError(f"--{name} is {getattr(config, name)}; it must be positive")
+    if not 0 < config.fraction <= 1:
+        raise UsageError(f"--fraction is {config.fraction}; it must be above 0 and at most 1")
+    if not 0 <= config.wd < math.inf:
+        raise UsageError(f"--wd is {config.wd}; it must not be negative")
+    if not 0 <= config.seed < 2**63 - 1_000_003 * (config.epochs + 1):  # what PyTorch takes
+        raise UsageError(
+            f"--seed is {config.seed}; it must not be negative, nor have more than 18 digits"
+        )
+    if config.tune == "linear" and text:
+        raise UsageError(
+            f"--tune linear trains a classifier's head, and {config.task} is text; "
+            "use prefix or full"
+        )
+
+
+def check_fit(config: Any, backbone: Any, data: Any, split: str) -> None:
+    """UsageError, before anything starts, for a run that backbone and data do not allow."""
+    if data.count(split, config.fraction) < 1:
+        raise UsageError(
+            f"--fraction {config.fraction:g} leaves no image of {config.task}; take a larger one"
+        )
+    if not data.text:
+        return
+
+    # All that is read or written must fit beside the prefix, and every token must be known.
+    length = config.length if config.tune == "prefix" else 0
+    splits = {split, "val", "test" if config.final else "val"}
+    data.must_fit(backbone.context - length, splits, length)
+    tokens = data.encoding.n_vocab
+    if tokens > backbone.vocab:
+        raise UsageError(
+            f"{config.backbone} knows fewer tokens than {config.task} has; take another --backbone"
+        )
+    if config.beams > tokens // 2:
+        raise UsageError(
+            f"--beams is {config.beams}; with this vocabulary it can be {tokens // 2} at most"
+        )
+
+
+# What a run reads, writes and prints.
+
+
+def batches(config: Any, data: Any, split: str, **order: Any) -> Iterator[tuple[int, tuple]]:
+    """(number of examples, data.batches on the device): copied while the GPU is still busy.
+
+    For a compiled step, a batch of images that is not full is filled up, and so are a single text
+    and a single target: the compiler would make one more graph for each. Labels of -100 count
+    nowhere.
+    """
+    for batch in data.batches(split, config.batch, pin=config.device == "cuda", **order):
+        examples = len(batch[0])
+        if config.compile and data.text:
+            tokens, positions, labels = batch  # (B, T), 2 x (B, Q)
+            row, column = int(examples == 1), int(labels.shape[1] == 1)
+            tokens = F.pad(tokens, (0, 0, 0, row))
+            positions = F.pad(positions, (0, column, 0, row))
+            batch = (tokens, positions, F.pad(labels, (0, column, 0, row), value=-100))
+        elif config.compile:
+            pixels, labels = batch
+            missing = config.batch - examples
+            pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, missing))  # (B, size, size, 3)
+            batch = (pixels, F.pad(labels, (0, missing), value=-100))
+        yield examples, tuple(tensor.to(config.device, non_blocking=True) for tensor in batch)
+
+
+@torch.inference_mode()
+def write_texts(config: Any, model: Any, backbone: Any, data: Any) -> dict[str, float]:
+    """Write a text for every source of the test split, keep them in its order, score them."""
+    # Prompts of like length are written together; each text then goes back to its place.
+    prompts, pairs = zip(*data.prompts("test"), strict=True)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    writer = model.backbone or backbone
+    outputs = [""] * len(pairs)
+    bar = tqdm(desc="test", total=len(pairs), unit="text", **BAR)
+    with torch.autocast(config.device, torch.bfloat16, enabled=use_bf16(config, backbone)):
+        prefix_kv = model.eval().prefix_kv(backbone)  # (depth, 2, H, L, Dh)
+        for start in range(0, len(order), WRITE):
+            some = order[start : start + WRITE]
+            made = writer.generate(
+                [prompts[i] for i in some], prefix_kv, config.beams, **data.decoding
+            )
+            for i, tokens in zip(some, made, strict=True):
+                outputs[i] = data.decode(tokens)
+            bar.update(len(made))
+    bar.close()
+
+    # Keep them, then score them.
+    rows = [asdict(pair) | {"output": output} for pair, output in zip(pairs, outputs, strict=True)]
+    write(Path(config.out) / "generated.jsonl", lines(rows))
+    text = "".join(" ".join(output.split()) + "\n" for output in outputs)
+    write(Path(config.out) / "generated.txt", text.encode())
+    rules = config.task if config.task in RULES else "plain"
+    scores, missing = score(outputs, pairs, rules)
+    for sentence in missing:
+        tqdm.write(sentence, file=sys.stderr)
+    return scores
+
+
+# Many runs: what they found, and who performs them.
+
+
+def settings(config: Any) -> dict:
+    """All that decides a run's outcome."""
+    return {name: value for name, value in asdict(config).items() if name not in UNSEEN}
+
+
+class Results:
+    """results.jsonl: a line per finished run, or per stage of a run with --halving.
+
+    Only the main process writes it. A line that cannot be read is a run that is asked again, and
+    one that is over has kept its own result.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lines: dict[str, dict] = {}
+        for text in path.read_bytes().splitlines() if path.exists() else ():
+            with suppress(ValueError, KeyError, TypeError):
+                line = json.loads(text)
+                self.lines[self.key(line["settings"], line["stop"])] = line
+
+    @staticmethod
+    def key(settings: dict, stop: int | None) -> str:
+        return json.dumps([settings, stop], sort_keys=True)
+
+    def complete(self, configs: list, stop: int | None, runner: Callable, bar: tqdm) -> list[dict]:
+        """The lines of these runs, in order. What is missing is performed, and kept at once."""
+        keys = [self.key(settings(config), stop) for config in configs]
+        missing = [c for c, key in zip(configs, keys, strict=True) if key not in self.lines]
+        bar.update(len(configs) - len(missing))
+        for line in runner(missing, stop):
+            self.lines[self.key(line["settings"], line["stop"])] = line
+            write(self.path, lines(list(self.lines.values())))
+            bar.update()
+        return [self.lines[key] for key in keys]
 
 
 def in_turn(worker: Any, configs: list, stop: int | None) -> Iterator[dict]:
+    """Perform the runs one after another in this process."""
     for config in configs:
         yield worker.run(config, stop)
 
 
 def on_ray(worker: type, address: str, device: str, stack: ExitStack) -> Callable:
-    """A runner whose workers are Ray actors: one per GPU, or one per as many CPU cores as this process has threads.
+    """A runner whose workers are actors of a Ray cluster: one per GPU, or one per CPU core.
 
-    Sums made by the same number of threads have the same last bit. A worker that dies is started again, and its run
-    goes on from its checkpoint. Several machines need --out and --data-dir on a disk they share.
+    On a CPU a worker has as many threads, and so cores, as this process: sums made by the same
+    number of threads have the same last bit. A worker that dies is started again, and its run goes
+    on from its checkpoint. Several machines need --out and --data-dir on a disk they share.
     """
     try:
         import ray
         from ray.util import ActorPool
     except ImportError:
         raise UsageError("--ray needs Ray, which is not installed: pip install ray") from None
-    here, code = (
-        address == "local",
-        {"working_dir": str(Path(__file__).parent.parent), "excludes": ["/out", "/data", ".git"]},
-    )
-    options = {
-        "runtime_env": None if here else code,
-        "log_to_driver": False,
-        "logging_level": "ERROR",
-    }
+    # Ray itself would try a wrong address for minutes, and then end the process.
     host, _, port = address.removeprefix("ray://").rpartition(":")
+    code = {"working_dir": str(Path(__file__).parent.parent)}
+    code["excludes"] = ["/out", "/data", ".git"]  # type: ignore[assignment]
     try:
-        if port.isdigit():  # Ray itself would try for minutes, and then end the process
+        if port.isdigit():
             socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(None if here else address, **options)
+        ray.init(address, runtime_env=code, log_to_driver=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError, OverflowError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        mend = "start one there: ray start --head; or, if it asks for its token, set RAY_AUTH_MODE=token here"
-        raise UsageError(f"no Ray cluster at '{address}' ({reason}); {mend}") from None
+        raise UsageError(
+            f"no Ray cluster at '{address}' ({reason}); start one there: ray start --head; "
+            "or, if it asks for its token, set RAY_AUTH_MODE=token here"
+        ) from None
     stack.callback(ray.shutdown)
-    threads, cores, gpus = (
-        torch.get_num_threads(),
-        *(int(ray.cluster_resources().get(k, 0)) for k in ("CPU", "GPU")),
-    )
+
+    # As many workers as the cluster has room for.
+    threads = torch.get_num_threads()
+    cores = int(ray.cluster_resources().get("CPU", 0))
     count, share = max(1, cores // threads), {"num_cpus": min(threads, cores)}
     if device == "cuda":
-        count, share = gpus, {"num_gpus": 1}
+        count, share = int(ray.cluster_resources().get("GPU", 0)), {"num_gpus": 1}
     actor = ray.remote(max_restarts=-1, max_task_retries=5, **share)(worker)
     pool = ActorPool([actor.remote(threads) for _ in range(count)])
-    print(
-        f"Ray: {count} workers on {device}, {threads} CPU threads each (OMP_NUM_THREADS sets how many)"
-    )
+    print(f"Ray: {count} workers on {device}, {threads} CPU threads each")
 
     def spread(configs: list, stop: int | None) -> Iterator[dict]:
         try:
-            yield from pool.map_unordered(
-                lambda actor, config: actor.run.remote(config, stop), configs
-            )
+            yield from pool.map_unordered(lambda a, config: a.run.remote(config, stop), configs)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None  # what the worker raised, such as a UsageError
         except ray.exceptions.RayActorError:

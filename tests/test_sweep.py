@@ -1,4 +1,4 @@
-"""sweep.py, worker.py, sweep_module.py, report.py: choice, seeds, splits, kills, locks, halving, Ray, what a plan foresees."""
+"""sweep.py and support/report.py: choice, seeds, splits, halving, workers, what a plan foresees."""
 
 import json
 import os
@@ -8,36 +8,26 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from shlex import split
 
 import pytest
 import torch
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data as data_module
 import sweep as sweep_module
 from data import TASKS, Dataset
 from support import report
-from sweep import METHODS, best, expand, main, parse, stages
+from sweep import METHODS, Cell, Worker, best, expand, main, parse, stages
 from train import Config, TunedModel, image_loss, resolve
 from vit import ViT
 
 ROOT = Path(__file__).parent.parent
-GRID = [
-    "--lr",
-    "1",
-    "5",
-    "--wd",
-    "0",
-    "0.001",
-    "--seed",
-    "42",
-    "44",
-    "--epochs",
-    "2",
-    "--fraction",
-    "0.1",
-]
+GRID = split("--lr 1 5 --wd 0 0.001 --seed 42 44 --epochs 2 --fraction 0.1")
 
 
 @pytest.fixture
@@ -73,7 +63,7 @@ def line(val: float, lr: float, wd: float = 0.0, status: str = "done") -> dict:
     )
 
 
-def test_the_best_val_accuracy_is_chosen_and_a_tie_goes_to_the_smaller_learning_rate_then_weight_decay():
+def test_the_best_val_accuracy_is_chosen_and_of_equals_the_smallest_settings():
     tried = [
         line(90, 5),
         line(91, 25),
@@ -132,6 +122,21 @@ def test_a_finished_sweep_recomputes_nothing_and_draws_the_same_report(words, pe
     ] * 2  # one more seed, two methods
 
 
+def test_a_torn_line_of_results_is_done_again_and_gives_the_same_report(words, tmp_path):
+    words = [*words, "--methods", "probe", "--epochs", "8", "--halving"]
+    assert main(words) == 0
+    folder = tmp_path / "digits-halving"
+    content, report = (folder / "results.jsonl").read_bytes(), (folder / "report.md").read_bytes()
+    # Also in a line of a stage after which the run has gone on.
+    for end in (1, len(content) // 3, len(content) - 5):
+        (folder / "results.jsonl").write_bytes(content[:end])
+        assert main(words) == 0
+        assert sorted((folder / "results.jsonl").read_bytes().splitlines()) == sorted(
+            content.splitlines()
+        )
+        assert (folder / "report.md").read_bytes() == report
+
+
 def test_a_diverged_run_is_listed_and_never_chosen_and_does_not_stop_the_sweep(words, tmp_path):
     assert main([*words, "--methods", "none", "--lr", "1e30", "1"]) == 0
     text = (tmp_path / "digits" / "report.md").read_text()
@@ -159,19 +164,7 @@ def test_the_table_has_mean_standard_deviation_and_error_over_seeds_and_the_publ
 
 
 def test_every_method_and_length_can_be_swept(words, tmp_path):
-    words = [
-        *words,
-        "--epochs",
-        "1",
-        "--lr",
-        "0.5",
-        "--wd",
-        "0",
-        "--fraction",
-        "0.05",
-        "--seed",
-        "1",
-    ]
+    words += split("--epochs 1 --lr 0.5 --wd 0 --fraction 0.05 --seed 1")
     assert main([*words, "--methods", *METHODS, "--length", "2", "3"]) == 0
     found = lines(tmp_path / "digits")
     cells = 8 * 2 + 2  # prefixes x lengths, and probe and full, which have no prefix
@@ -180,9 +173,9 @@ def test_every_method_and_length_can_be_swept(words, tmp_path):
     text = (tmp_path / "digits" / "report.md").read_text()
     assert text.count("| digits |") == cells
     assert (
-        "| digits | 50 | probe | - |" in text
+        "| digits | 50 | linear probe | - |" in text
     )  # 5 % of train and val, on which the final runs train
-    assert "deep, L 2 minus none, L 2" in text
+    assert "Deep-share, L 2 minus No-share, L 2" in text
 
 
 def test_fractions_of_the_training_images_make_a_figure_of_their_own(words, tmp_path):
@@ -222,26 +215,20 @@ def test_halving_drops_the_worse_half_at_each_stage_and_survivors_end_as_in_the_
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_planned_flops_of_a_step_are_within_15_percent_of_those_counted_in_a_real_one(name):
+def test_the_planned_operations_of_a_step_are_those_of_a_real_one(name):
     vit = ViT(image=64, patch=8, dim=64, n_layer=4, n_head=4)  # 65 tokens
     config = resolve(Config(**METHODS[name], length=20, device="cpu"))
     model = TunedModel(config, vit.requires_grad_(False), classes=10)
-    pixels, labels = (
-        torch.randint(256, (64, 64, 64, 3), dtype=torch.uint8),
-        torch.randint(10, (64,)),
-    )
-    counter = FlopCounterMode(display=False)
-    with (
-        counter,
-        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-    ):  # whose products are countable
+    pixels = torch.randint(256, (64, 64, 64, 3), dtype=torch.uint8)
+    labels = torch.randint(10, (64,))
+    # The written-out attention: the CPU's fused kernel has products that are not counted.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss, _ = image_loss(model, vit, False, pixels, labels)
         loss.backward()
     training, evaluation = sweep_module.image_flops(config, vit, classes=10)
-    assert training == pytest.approx(counter.get_total_flops() / 64, rel=0.15)
-    assert (
-        evaluation < 0.6 * training or config.tune == "linear"
-    )  # the test can fail: backward is not free
+    assert training == pytest.approx(counter.get_total_flops() / 64, rel=1e-6)
+    if config.tune != "linear":  # backward is not free
+        assert evaluation < 0.6 * training
 
 
 def test_the_plan_of_a_paper_like_task_is_within_15_percent_of_what_its_runs_are_counted_to_need(
@@ -258,30 +245,16 @@ def test_the_plan_of_a_paper_like_task_is_within_15_percent_of_what_its_runs_are
     )
     for module in (data_module, sweep_module):
         monkeypatch.setattr(module, "TASKS", {"digits": digits, "birds": task})
-    words = [
-        w for w in words if w not in ("--backbone", small, "--epochs", "2", "--fraction", "0.1")
-    ]
-    words = [
-        "--tasks",
-        "paper",
-        "--methods",
-        "deep",
-        "--lr",
-        "1",
-        "--wd",
-        "0",
-        "--seed",
-        "1",
-        "2",
-        *words[-4:],
-    ]
+    words = split("--tasks paper --methods deep --lr 1 --wd 0 --seed 1 2") + words[-4:]
     assert main([*words, "--dry-run", "--img-per-s", "1000"]) == 0
     (row,) = [
-        line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("birds")
+        line.strip("| ").split(" | ")
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("| birds")
     ]
-    assert row[:6] == ["birds", "deep", "6", "1", "3", f"{(1 + 2) * 2 * 800:,}"]
+    assert row[:6] == ["birds", "Deep-share", "6", "1.0", "3", f"{(1 + 2) * 2 * 800:,}"]
     counter = FlopCounterMode(display=False)
-    with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with counter, sdpa_kernel(SDPBackend.MATH):
         assert main(words) == 0
     assert float(row[6]) * 1e15 == pytest.approx(counter.get_total_flops(), rel=0.15)
     assert float(row[7]) == pytest.approx(
@@ -295,6 +268,29 @@ def test_a_dry_run_measures_this_machine_and_writes_nothing(words, tmp_path, cap
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_sweep_over_tasks_with_other_numbers_of_classes_stays_compiled(
+    small, tmp_path, monkeypatch
+):
+    # More graphs of one function than this would be run uncompiled.
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    worker = Worker(1)
+    todo = parse(
+        [*GRID, "--backbone", small, "--device", "cpu", "--compile", "--data-dir", str(tmp_path)]
+    )
+    for classes in range(2, 8):
+        folder = tmp_path / f"task{classes}"
+        for i in range(10 * classes):
+            path = folder / str(i % classes) / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20, 20), (i, i, i)).save(path)
+        cell = Cell(str(folder), "probe", None, 1.0)
+        config = sweep_module.configure(todo, cell, lr=1.0, wd=0.0, final=False)
+        assert (
+            worker.run(replace(config, out=str(tmp_path / "out" / folder.name)))["status"] == "done"
+        )
+
+
 def test_groups_expand_to_the_tasks_that_belong_to_them_and_every_task_comes_once():
     fgvc = ["cub", "nabirds", "flowers", "dogs", "cars"]
     assert expand(["fgvc"]) == expand(["paper"]) == fgvc
@@ -303,17 +299,9 @@ def test_groups_expand_to_the_tasks_that_belong_to_them_and_every_task_comes_onc
     assert not set(expand(["vtab"])) & set(fgvc)
 
 
-@pytest.mark.slow
-def test_separate_processes_and_one_sweep_find_the_same_numbers_bit_for_bit(words, capsys):
-    assert main([*words, "--compare", "--methods", "deep", "--lr", "1", "1e30", "--wd", "0"]) == 0
-    said = capsys.readouterr().out
-    assert "2 runs of 2 epochs" in said
-    assert "0 runs differ in any loss or accuracy" in said
-
-
 def test_without_ray_the_option_is_refused_in_one_sentence(words, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)  # `import ray` raises ImportError
-    assert main([*words, "--ray"]) == 2
+    assert main([*words, "--ray", "10.0.0.1:6379"]) == 2
     assert "pip install ray" in capsys.readouterr().err
 
 
@@ -340,7 +328,7 @@ def test_ray_workers_find_the_same_numbers_and_one_that_is_killed_is_retried(wor
     )
     alone = [sys.executable, "sweep.py", *words, "--out", str(tmp_path / "alone")]
     subprocess.run(alone, cwd=ROOT, env=env, check=True, capture_output=True)
-    command = [sys.executable, "sweep.py", *words, "--out", str(tmp_path / "ray"), "--ray"]
+    command = [sys.executable, "sweep.py", *words, "--out", str(tmp_path / "ray"), "--ray", "local"]
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

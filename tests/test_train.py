@@ -1,4 +1,4 @@
-"""train.py and checkpoint.py: the protocol, what may move and what may not, kills, divergence, wrong input."""
+"""train.py: the protocol, what may move and what may not, divergence, wrong input."""
 
 import json
 import subprocess
@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import train as train_module
-from data import Dataset, Split, load, normalise
+from data import Dataset, Split, UsageError, load
 from support import files
 from train import (
     Config,
@@ -95,8 +96,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tiny, digits, tmp_path):
     assert train(config, tiny, digits).history == whole.history
     again = train(config, tiny, digits)  # over: nothing is computed, the result is read back
     assert again.history == whole.history
-    torch.testing.assert_close(again.head.weight, whole.head.weight, atol=0, rtol=0)
-    torch.testing.assert_close(again.prefix.p, whole.prefix.p, atol=0, rtol=0)
+    torch.testing.assert_close(again.model.head.weight, whole.model.head.weight, atol=0, rtol=0)
+    torch.testing.assert_close(again.model.prefix.p, whole.model.prefix.p, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: "-".join(str(v) for v in m.values()))
@@ -156,7 +157,7 @@ def test_a_step_is_sgd_with_momentum_and_no_decay_on_the_head_bias(small_vit, tm
     for epoch in range(2):
         for pixels, labels in data.batches("train", 6, config.seed, epoch):
             rate = learning_rate(config, step, 4)
-            x = small_vit(normalise(pixels))  # (B, D)
+            x = small_vit(small_vit.normalise(pixels))  # (B, D)
             error = (F.softmax(x @ weight.T + bias, dim=1) - F.one_hot(labels, 3)) / len(
                 labels
             )  # (B, C)
@@ -164,8 +165,8 @@ def test_a_step_is_sgd_with_momentum_and_no_decay_on_the_head_bias(small_vit, tm
             momentum = tuple(0.9 * m + g for m, g in zip(momentum, gradients, strict=True))
             weight, bias = weight - rate * momentum[0], bias - rate * momentum[1]
             step += 1
-    torch.testing.assert_close(result.head.weight, weight, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(result.head.bias, bias, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(result.model.head.weight, weight, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(result.model.head.bias, bias, atol=1e-5, rtol=1e-5)
 
 
 def test_the_head_starts_as_the_paper_s_and_evaluation_counts_right_answers(tiny, digits, tmp_path):
@@ -180,7 +181,7 @@ def test_the_head_starts_as_the_paper_s_and_evaluation_counts_right_answers(tiny
     for image, label in zip(
         *map(torch.cat, zip(*digits.batches("val", 50), strict=True)), strict=True
     ):
-        logits = model.head(tiny(normalise(image[None])))
+        logits = model.head(tiny(tiny.normalise(image[None])))
         right += int(logits.argmax() == label)
     assert evaluate(config, model, tiny, digits, "val") == pytest.approx(100 * right / 200)
 
@@ -358,3 +359,87 @@ def test_the_command_line_has_every_option_with_its_help():
         assert " ".join(option.metadata["help"].split()[:3]) in text
     assert Config(**vars(parser("").parse_args(["--shared"]))) == Config(share="deep")
     assert Config(**vars(parser("").parse_args([]))) == Config()
+
+
+def test_a_run_knows_its_backbone_and_its_data(frozen, digits16, tmp_path):
+    quick = QUICK | {"device": "cpu"}
+    other = ViT(**frozen.sizes)
+    other.fingerprint = "other"
+    swapped = replace(digits16, splits=digits16.splits | {"val": digits16.splits["test"]})
+    renamed = replace(digits16, classes=[f"digit {name}" for name in digits16.classes])
+    for stop in (1, None):  # under way, and over
+        config = Config(**quick, out=str(tmp_path / str(stop)))
+        train(config, frozen, digits16, stop)
+        before = {path.name: path.read_bytes() for path in Path(config.out).iterdir()}
+        clashes = {
+            "another backbone": (other.requires_grad_(False), digits16),
+            r"other data \(digits: val differ": (frozen, swapped),
+            r"other data \(digits: classes differ": (frozen, renamed),
+        }
+        for expected, (backbone, data) in clashes.items():
+            with pytest.raises(UsageError, match=expected):
+                train(config, backbone, data)
+        assert {path.name: path.read_bytes() for path in Path(config.out).iterdir()} == before
+        same = replace(digits16, splits=dict(digits16.splits))
+        assert train(config, frozen, same).status == "done"
+
+
+def photos(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        path = folder / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(path)
+    return folder
+
+
+def test_own_images_are_the_same_however_their_path_is_typed_and_other_when_they_change(
+    small, tmp_path, capsys, monkeypatch
+):
+    folder = photos(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    words = ["--backbone", small, "--epochs", "1", "--length", "2", "--out", "run", "--lr", "0.1"]
+    for path in ("photos", "photos/", "./photos", str(folder)):
+        assert main(["--task", path, *words]) == 0
+    capsys.readouterr()
+    listing = (tmp_path / "run" / "split.json").read_bytes()
+    Image.new("RGB", (20, 20)).save(folder / "class0" / "0.png")
+    assert main(["--task", "photos", *words]) == 2
+    assert "holds a run with other data (" in capsys.readouterr().err
+    (folder / "class0").rename(folder / "class2")
+    assert main(["--task", "photos", *words]) == 2
+    assert "classes" in capsys.readouterr().err
+    assert (tmp_path / "run" / "split.json").read_bytes() == listing
+
+
+def test_the_head_computes_in_fp32_under_autocast(small_vit):
+    model = TunedModel(resolve(Config(tune="linear")), small_vit, 200)
+    features = torch.randn(50, small_vit.dim)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.logits(features)
+    assert torch.equal(logits, model.head(features))
+    assert not torch.equal(logits.bfloat16().float(), logits)  # what rounding would lose
+
+
+def test_a_text_run_compiles_two_graphs_though_a_batch_has_one_text(tmp_path, monkeypatch):
+    pairs = [{"source": f"name {i}" * (1 + i % 3), "target": f"It is {i}."} for i in range(27)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    quick = {"task": str(path), "epochs": 2, "batch": 7, "lr": 1e-3, "final": False}
+    config = Config(**quick, backbone="scratch_gpt", device="cpu", out=str(tmp_path / "eager"))
+    backbone = load_backbone(config)
+    data = load(config.task, **backbone.inputs)
+    assert data.count("train") % 7 == 1
+    eager = train(config, backbone, data)
+
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, dynamic: compiler(f, dynamic=dynamic, backend="eager")
+    )
+    compiled = train(replace(config, compile=True, out=str(tmp_path / "compiled")), backbone, data)
+    assert counters["stats"]["unique_graphs"] == 2  # of training and of evaluation
+    for ours, theirs in zip(compiled.history, eager.history, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
