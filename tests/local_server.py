@@ -1,4 +1,4 @@
-"""A web server on 127.0.0.1 for a folder: serves ranges, cuts connections when told, keeps a log."""
+"""A web server on 127.0.0.1 for a folder: serves ranges, cuts when told, keeps a log."""
 
 import threading
 from contextlib import contextmanager

@@ -2,7 +2,7 @@
 
     python tests/soak.py [--minutes 10]
 
-Prints a line a minute, and the slopes after the first fifth. Exit code 1 if memory grows by more than
+Prints a line a minute, and the slopes after the first fifth. Exit code 1 if memory grows over
 1 MB a minute, or files or threads grow. It reads /proc, so it needs Linux.
 """
 
