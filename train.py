@@ -189,7 +189,7 @@ def fit(  # noqa: C901, PLR0915  (one run, one story)
         history[-1] |= {"status": status, **metrics}
         curve = f"{config.task}, {report.called(method(config))}: {report.summary(history, data)}"
         runs.save(out, metadata, model, optimizer, history, curve if config.final else "")
-    return Result(status, history[-1], history, model, out)
+    return Result(status, history[-1], history, model, out)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -379,7 +379,7 @@ def resolve(config: Config) -> Config:
     """Fill in every None and "auto" but dtype. UsageError for a value that no run can have."""
     task = find(config.task)
     length, lr, wd = default_settings(config)
-    defaults = {
+    defaults: dict[str, Any] = {
         "length": length,
         "lr": lr,
         "wd": wd,
@@ -438,8 +438,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     """The command line of one run, made from Config."""
     made = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     add_options(made, Config)
-    shared = {"dest": "share", "action": "store_const", "const": "deep"}
-    made.add_argument("--shared", **shared, help="the same as --share deep")
+    same = "the same as --share deep"
+    made.add_argument("--shared", dest="share", action="store_const", const="deep", help=same)
     return made
 
 
