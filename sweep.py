@@ -18,6 +18,7 @@ that was killed goes on, a finished one only draws its report again (support/rep
 import argparse
 import copy
 import math
+import platform
 import sys
 import tempfile
 import time
@@ -30,10 +31,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import torch
+from torch.compiler import reset as reset_compiler
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import TASKS, find, load, title
+from data import TASKS, Dataset, find, load, title
 from prefix import SHARE
 from support import report, runs
 from support.files import GOES_ON, Parser, UsageError, add_options, exit_code, opt
@@ -96,6 +98,11 @@ class Sweep:
     img_per_s: float = opt(
         None, "for --dry-run: training images/s of the machine (default: measured on this one)"
     )
+    workers: int = opt(
+        None,
+        "processes that share the runs (default: one per GPU; on a CPU one per core for a small "
+        "backbone, else 1)",
+    )
     ray: str = opt("", "spread the runs over the GPUs, or CPU cores, of the Ray cluster at RAY")
     out: str = opt("out/sweep", "folder of the results")
     epochs: int = of_a_run("epochs")
@@ -142,6 +149,8 @@ def check(sweep: Sweep) -> None:
         raise UsageError(f"no method '{unknown[0]}'; methods: {', '.join(METHODS)}")
     if sweep.img_per_s is not None and not 0 < sweep.img_per_s < math.inf:
         raise UsageError(f"--img-per-s is {sweep.img_per_s}; it must be positive")
+    if sweep.workers is not None and sweep.workers < 1:
+        raise UsageError(f"--workers is {sweep.workers}; it must be positive")
 
 
 def cells(sweep: Sweep) -> list[Cell]:
@@ -152,6 +161,14 @@ def cells(sweep: Sweep) -> list[Cell]:
         has_prefix = "tune" not in METHODS[name]
         lengths = sweep.length if has_prefix and sweep.length else [None]
         made += [Cell(task, name, length, fraction) for length in lengths]
+    # A task's folder is called as the last part of its path.
+    titles: dict[str, str] = {}
+    for cell in made:
+        if titles.setdefault(title(cell.task), cell.task) != cell.task:
+            raise UsageError(
+                f"{titles[title(cell.task)]} and {cell.task} would share a folder of results; "
+                "sweep one of them with another --out"
+            )
     # Every run is resolved once, so that a mistake is found before anything starts.
     for cell in made:
         grid(sweep, cell)
@@ -199,10 +216,11 @@ class Worker:
             self.kept[what] = key, make()
         return self.kept[what][1]
 
-    def run(self, config: Config, stop: int | None = None) -> dict:
-        """Perform one run, or its first `stop` epochs: the line of results.jsonl it leaves."""
-        # What this run needs is mostly there from the one before.
+    def needs(self, config: Config) -> tuple[ViT, Dataset]:
+        """Backbone and data of a run; mostly they are there from the one before."""
         key: tuple = (config.backbone, config.device, config.dtype, config.tune == "full")
+        if config.backbone == "scratch":
+            key += (config.seed,)
         backbone = self.keep("backbone", key, lambda: load_backbone(config))
         data = self.keep(
             "data",
@@ -213,8 +231,39 @@ class Worker:
         if config.compile:
             key += (config.tune, config.share, config.shallow, config.length, config.batch)
             key += (len(data.classes),)
-            self.keep("compiled", key, torch.compiler.reset)
+            self.keep("compiled", key, reset_compiler)
+        return backbone, data
 
+    def identity(self, config: Config) -> dict[str, str]:
+        """What decides a run's outcome beside its settings, in digests."""
+        backbone, data = self.needs(config)
+        return {"backbone": backbone.fingerprint} | getattr(data, "identity", {})
+
+    def run(self, config: Config, stop: int | None = None) -> dict:
+        """Perform one run, or its first `stop` epochs: the line of results.jsonl it leaves."""
+        start = time.perf_counter()
+        backbone, data = self.needs(config)
+        line = {
+            "settings": runs.settings(config),
+            "stop": stop,
+            "identity": self.identity(config),
+            "images": data.count(training_split(config, data), config.fraction),
+            "backbone": sum(p.numel() for p in backbone.parameters()),
+        }
+        try:
+            line |= self.perform(config, stop, backbone, data)
+        except (MemoryError, RuntimeError) as error:
+            # PyTorch has an error class of its own for a GPU's memory, but none for a CPU's.
+            no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if not no_memory and "DefaultCPUAllocator" not in str(error):
+                raise
+            line |= {"status": "failed", "epochs": 0}
+        on_gpu = config.device == "cuda"
+        device = torch.cuda.get_device_name() if on_gpu else platform.processor() or "CPU"
+        return line | {"device": device, "seconds": time.perf_counter() - start}
+
+    def perform(self, config: Config, stop: int | None, backbone: ViT, data: Dataset) -> dict:
+        """Train, and say how it ended and what it is judged by."""
         # If the line of this stage was lost, the run has gone on since: do the stage again.
         result = train(config, backbone, data, stop)
         if stop and result.metrics["epoch"] > stop:
@@ -222,22 +271,15 @@ class Worker:
                 result = train(replace(config, out=elsewhere), backbone, data, stop)
 
         # A run that is over was judged by `train`; one that is under way is judged on val here.
-        line = {
-            "settings": runs.settings(config),
-            "stop": stop,
-            "status": result.status,
-            "epochs": result.metrics["epoch"],
-            "images": data.count(training_split(config, data), config.fraction),
-            "trained": sum(p.numel() for p in result.model.parameters()),
-            "backbone": sum(p.numel() for p in backbone.parameters()),
-        }
         split = "test" if config.final else "val"
+        found = {"status": result.status, "epochs": result.metrics["epoch"]}
+        found["trained"] = sum(p.numel() for p in result.model.parameters())
         if result.status == "done":
-            line[split] = result.metrics[split]
+            found[split] = result.metrics[split]
         elif result.status == "running":
             accuracy = evaluate(config, result.model, backbone, data, split)
-            line |= {"status": "diverged"} if math.isnan(accuracy) else {split: accuracy}
-        return line
+            found |= {"status": "diverged"} if math.isnan(accuracy) else {split: accuracy}
+        return found
 
 
 def stages(sweep: Sweep, epochs: int) -> list[tuple[int | None, int]]:
@@ -285,6 +327,23 @@ def study(
     return report.Row(cell.task, cell.method, length, cell.fraction, images, tried, ranked, tested)
 
 
+def workers(sweep: Sweep, config: Config, most: int) -> tuple[int, int]:
+    """How many processes are to work, and with how many CPU threads each.
+
+    A small backbone gains nothing from threads: it has one, whatever the number of processes. A
+    large one has all cores; with other threads, a sum may have another last bit.
+    """
+    cores = torch.get_num_threads()  # those that PyTorch would use
+    path = Path(config.backbone)
+    small = config.backbone in ("tiny", "scratch")
+    small |= path.is_file() and path.stat().st_size < 20_000_000
+    count = cores if small else 1
+    if config.device == "cuda":
+        count = torch.cuda.device_count()
+    count = sweep.workers or min(count, most)
+    return count, 1 if small else max(1, cores // count)
+
+
 def run(sweep: Sweep) -> None:
     """The whole sweep, and its report in OUT/TASK, or OUT/TASKS if there are several."""
     todo = cells(sweep)
@@ -296,18 +355,31 @@ def run(sweep: Sweep) -> None:
         # No other process may work in these folders.
         for path in sorted({home} | {folder(sweep, cell.task) for cell in todo}):
             stack.enter_context(runs.run_lock(path))
+        # Who performs the runs: this process, several of this machine, or a cluster's.
+        total = sum(planned.count for cell in todo for planned in costs(sweep, cell))
+        first = grid(sweep, todo[0])[0]
+        count, threads = workers(sweep, first, total)
+        here = Worker(threads)
+        runner: Callable = partial(runs.in_turn, here)
         if sweep.ray:
-            runner = runs.on_ray(Worker, sweep.ray, grid(sweep, todo[0])[0].device, stack)
-        else:
-            runner = partial(runs.in_turn, Worker(torch.get_num_threads()))
+            runner = runs.on_ray(Worker, sweep.ray, first.device, threads, stack)
+        elif count > 1:
+            gpus = torch.cuda.device_count() if first.device == "cuda" else 0
+            pool = runs.Processes(Worker, count, threads, gpus)
+            stack.callback(pool.end)
+            runner = pool.spread
+
+        def identity(config: Config) -> dict[str, str]:
+            if sweep.ray or count > 1:  # the GPUs are the workers'
+                config = replace(config, device="cpu", compile=False)
+            return here.identity(config)
 
         # One cell after another; then the report.
         rows = []
-        total = sum(planned.count for cell in todo for planned in costs(sweep, cell))
         with tqdm(total=total, unit="run", **BAR) as bar:
             for cell in todo:
                 bar.set_description(f"{cell.task} {cell.method}", refresh=False)
-                results = runs.Results(folder(sweep, cell.task) / "results.jsonl")
+                results = runs.Results(folder(sweep, cell.task) / "results.jsonl", identity)
                 rows.append(study(sweep, cell, results, runner, bar))
         files = report.save(home, rows)
     print(report.table(rows), *files, sep="\n")

@@ -154,12 +154,12 @@ def does_sharing_help(rows: list[Row]) -> list[str]:
     return sentences
 
 
-def diverged(rows: list[Row]) -> list[str]:
-    """Runs whose loss was not finite, a line each."""
+def lost(rows: list[Row], status: str) -> list[str]:
+    """Runs that diverged (their loss was not finite) or failed, a line each."""
     listed = []
     for row in rows:
         for line in row.tried + row.tested:
-            if line["status"] == "diverged":
+            if line["status"] == status:
                 s = line["settings"]
                 run = "final run" if s["final"] else "grid"
                 listed.append(
@@ -202,8 +202,10 @@ def text(rows: list[Row]) -> str:
     if gains := does_sharing_help(rows):
         parts += ["Does sharing help? Difference in test accuracy, paired by seed:"]
         parts += ["\n".join(gains)]
-    if lost := diverged(rows):
-        parts += [f"Diverged ({len(lost)} runs; never chosen, not in any mean):", "\n".join(lost)]
+    for status, why in (("diverged", "Diverged"), ("failed", "Failed for want of memory")):
+        if some := lost(rows, status):
+            count = f"{len(some)} run{'s' * (len(some) > 1)}"
+            parts += [f"{why} ({count}; never chosen, not in any mean):", "\n".join(some)]
     return "\n\n".join(parts) + "\n"
 
 

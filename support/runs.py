@@ -15,12 +15,20 @@ weights are read, which know its metrics. Both have checksums: what a disk has c
 
 import io
 import json
+import multiprocessing
+import os
+import signal
 import socket
+import subprocess
+import traceback
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from functools import cache
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -221,31 +229,69 @@ class Results:
     """results.jsonl: a line per finished run, or per stage of a run with --halving.
 
     Only the main process writes it. A line that cannot be read is a run that is asked again, and
-    one that is over has kept its own result.
+    one that is over has kept its own result. So is a run that failed, when the sweep starts again.
+    identity: which backbone and data a config has now; a line that had others is a mistake.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, identity: Callable[[Any], dict]):
+        self.path, self.identity = path, identity
         self.lines: dict[str, dict] = {}
         for text in path.read_bytes().splitlines() if path.exists() else ():
             with suppress(ValueError, KeyError, TypeError):
                 line = json.loads(text)
-                self.lines[self.key(line["settings"], line["stop"])] = line
+                if line["status"] != "failed":
+                    self.lines[self.key(line["settings"], line["stop"])] = line
 
     @staticmethod
     def key(settings: dict, stop: int | None) -> str:
         return json.dumps([settings, stop], sort_keys=True)
 
+    def check(self, config: Any, line: dict) -> None:
+        """UsageError if a kept line is of another backbone or of other data."""
+        old, new = line.get("identity", {}), self.identity(config)
+        if changed := [name for name in new if old.get(name) != new[name]]:
+            raise UsageError(
+                f"{self.path} holds results of another {' and '.join(changed)} than there is now; "
+                "choose another --out or delete that folder"
+            )
+
     def complete(self, configs: list, stop: int | None, runner: Callable, bar: tqdm) -> list[dict]:
         """The lines of these runs, in order. What is missing is performed, and kept at once."""
         keys = [self.key(settings(config), stop) for config in configs]
-        missing = [c for c, key in zip(configs, keys, strict=True) if key not in self.lines]
-        bar.update(len(configs) - len(missing))
+        missing = []
+        for config, key in zip(configs, keys, strict=True):
+            if key in self.lines:
+                self.check(config, self.lines[key])
+                bar.update()
+            else:
+                missing.append(config)
         for line in runner(missing, stop):
-            self.lines[self.key(line["settings"], line["stop"])] = line
+            self.count(line.pop("device"), line.pop("seconds"))
+            self.lines[self.key(line["settings"], line["stop"])] = line | {"commit": commit()}
             write(self.path, lines(list(self.lines.values())))
             bar.update()
         return [self.lines[key] for key in keys]
+
+    def count(self, device: str, seconds: float) -> None:
+        """Add to seconds.json, which says how long each kind of device has worked."""
+        path = self.path.with_name("seconds.json")
+        kept = json.loads(path.read_bytes()) if path.exists() else {}
+        kept[device] = round(kept.get(device, 0) + seconds, 1)
+        write(path, json.dumps(kept).encode())
+
+
+@cache
+def commit() -> str:
+    """Which version of this code runs; "+changes" if files were edited since."""
+
+    def git(*words: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout
+
+    with suppress(OSError):  # git is not installed
+        if head := git("rev-parse", "HEAD").strip():
+            return head + ("+changes" if git("status", "--porcelain", "-uno").strip() else "")
+    return "unknown"
 
 
 def in_turn(worker: Any, configs: list, stop: int | None) -> Iterator[dict]:
@@ -254,12 +300,94 @@ def in_turn(worker: Any, configs: list, stop: int | None) -> Iterator[dict]:
         yield worker.run(config, stop)
 
 
-def on_ray(worker: type, address: str, device: str, stack: ExitStack) -> Callable:
-    """A runner whose workers are actors of a Ray cluster: one per GPU, or one per CPU core.
+def work(worker_class: type, threads: int, pipe: Connection) -> None:
+    """In a process of its own: perform the runs that come through the pipe."""
+    # Ctrl-C is the main process's matter; whatever ends that one, this one goes too.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent: Any = multiprocessing.parent_process()
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    worker = worker_class(threads)
+    while True:
+        config, stop = pipe.recv()
+        try:
+            pipe.send(worker.run(config, stop))
+        except Exception as error:  # noqa: BLE001  the main process raises it
+            if not isinstance(error, UsageError | OSError):
+                traceback.print_exc()
+            pipe.send(error)
 
-    On a CPU a worker has as many threads, and so cores, as this process: sums made by the same
-    number of threads have the same last bit. A worker that dies is started again, and its run goes
-    on from its checkpoint. Several machines need --out and --data-dir on a disk they share.
+
+class Processes:
+    """Workers in processes of this machine: one per GPU, or several on the CPU.
+
+    A process starts when there is something for it to do. One that is killed is replaced, and its
+    run goes on from its checkpoint.
+    """
+
+    def __init__(self, worker_class: type, count: int, threads: int, gpus: int):
+        self.arguments = worker_class, threads
+        self.gpus = gpus
+        self.count = count
+        self.workers: dict[int, tuple[Any, Any]] = {}  # number -> its process, and our end
+
+    def worker(self, number: int) -> Any:
+        """The pipe to a worker, which is started if there is none."""
+        if number not in self.workers or not self.workers[number][0].is_alive():
+            # It finds its surroundings in the environment: no progress bars, and a GPU of its own.
+            kept = dict(os.environ)
+            os.environ["TQDM_DISABLE"] = "1"
+            if self.gpus:
+                visible = kept.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.gpus)))
+                os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % self.gpus]
+            context = multiprocessing.get_context("spawn")
+            ours, theirs = context.Pipe()
+            process = context.Process(target=work, args=(*self.arguments, theirs))
+            process.start()
+            theirs.close()
+            os.environ.clear()
+            os.environ.update(kept)
+            self.workers[number] = process, ours
+        return self.workers[number][1]
+
+    def spread(self, configs: list, stop: int | None) -> Iterator[dict]:
+        """Perform the runs, whichever worker is free; the lines come as they are finished."""
+        waiting = [(config, 1) for config in reversed(configs)]
+        busy: dict[Any, tuple] = {}  # pipe -> the worker's number, the run, which try it is
+        while waiting or busy:
+            for number in set(range(self.count)) - {number for number, *_ in busy.values()}:
+                if waiting:
+                    config, attempt = waiting.pop()
+                    pipe = self.worker(number)
+                    pipe.send((config, stop))
+                    busy[pipe] = number, config, attempt
+            for pipe in wait(list(busy)):
+                number, config, attempt = busy.pop(pipe)
+                try:
+                    answer = pipe.recv()
+                except (EOFError, OSError):
+                    if attempt == 3:
+                        raise UsageError(
+                            "a worker died three times in one run; has it enough memory? "
+                            "fewer --workers or a smaller --batch need less"
+                        ) from None
+                    self.workers.pop(number)[0].join()
+                    waiting.append((config, attempt + 1))
+                    continue
+                if isinstance(answer, Exception):
+                    raise answer
+                yield answer
+
+    def end(self) -> None:
+        for process, _ in self.workers.values():
+            process.kill()
+            process.join()
+
+
+def on_ray(worker: type, address: str, device: str, threads: int, stack: ExitStack) -> Callable:
+    """A runner whose workers are actors of a Ray cluster: one per GPU, or per `threads` CPU cores.
+
+    A worker that dies is started again, and its run goes on from its checkpoint. Several machines
+    need --out and --data-dir on a disk they share.
     """
     try:
         import ray
@@ -283,7 +411,6 @@ def on_ray(worker: type, address: str, device: str, stack: ExitStack) -> Callabl
     stack.callback(ray.shutdown)
 
     # As many workers as the cluster has room for.
-    threads = torch.get_num_threads()
     cores = int(ray.cluster_resources().get("CPU", 0))
     count, share = max(1, cores // threads), {"num_cpus": min(threads, cores)}
     if device == "cuda":
