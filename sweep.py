@@ -3,6 +3,7 @@
     python sweep.py                            does sharing help? No-share or Deep-share, on digits
     python sweep.py --tasks fgvc --methods none-shallow simple-shallow deep-shallow none simple deep
     python sweep.py --tasks paper --dry-run    what that costs, before it is started
+    python sweep.py --tasks cub --methods deep --published     the paper's settings, five seeds
 
 The protocol (Jia et al., ECCV 2022; Le et al., ICLR 2025, section 5):
     grid    train all pairs of 10 learning rates and 4 weight decays on the train split
@@ -10,9 +11,10 @@ The protocol (Jia et al., ECCV 2022; Le et al., ICLR 2025, section 5):
             learning rate, then to the smaller weight decay
     seeds   train it with five seeds on the split the protocol names, and test each run once
 
-All runs pass through one process that keeps one backbone and one decoded data set, or with --ray
-through several (support/runs.py). What a run found is one line of OUT/TASK/results.jsonl: a sweep
-that was killed goes on, a finished one only draws its report again (support/report.py).
+A process keeps one backbone and one decoded data set, and all runs pass through it; on several
+GPUs or cores, several processes do (support/workers.py). What a run found is one line of
+OUT/TASK/results.jsonl: a sweep that was killed goes on, a finished one only draws its report again
+(support/report.py).
 """
 
 import argparse
@@ -25,7 +27,6 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 from data import TASKS, Dataset, find, load, title
 from prefix import SHARE
-from support import report, runs
+from support import report, runs, workers
 from support.files import GOES_ON, Parser, UsageError, add_options, exit_code, opt
 from train import (
     BAR,
@@ -47,7 +48,6 @@ from train import (
     image_loss,
     load_backbone,
     make_optimizer,
-    method,
     prepare_process,
     resolve,
     train,
@@ -91,6 +91,9 @@ class Sweep:
     lr: list[float] = opt(LR, "base learning rates of the grid")
     wd: list[float] = opt(WD, "weight decays of the grid")
     seed: list[int] = opt(SEEDS, "seeds of the final runs; none: stop after the choice")
+    published: bool = opt(
+        False, "no grid: the settings that the paper published, and the verdict beside its figures"
+    )
     halving: bool = opt(
         False, "successive halving: train the whole grid a little, go on with the better half, ..."
     )
@@ -171,6 +174,12 @@ def cells(sweep: Sweep) -> list[Cell]:
             )
     # Every run is resolved once, so that a mistake is found before anything starts.
     for cell in made:
+        known = cell.task in report.PUBLISHED and cell.method in report.METHODS
+        if sweep.published and not known:
+            raise UsageError(
+                f"the paper publishes no settings of {cell.method} for {cell.task}; choose them on "
+                f"val: python sweep.py --tasks {cell.task} --methods {cell.method}"
+            )
         grid(sweep, cell)
         finals(sweep, cell, sweep.lr[0], sweep.wd[0])
     return list(dict.fromkeys(made))
@@ -195,7 +204,7 @@ def grid(sweep: Sweep, cell: Cell) -> list[Config]:
     return [configure(sweep, cell, lr=lr, wd=wd, final=False) for lr, wd in pairs]
 
 
-def finals(sweep: Sweep, cell: Cell, lr: float, wd: float) -> list[Config]:
+def finals(sweep: Sweep, cell: Cell, lr: float | None, wd: float | None) -> list[Config]:
     return [configure(sweep, cell, lr=lr, wd=wd, seed=seed) for seed in dict.fromkeys(sweep.seed)]
 
 
@@ -244,7 +253,7 @@ class Worker:
         start = time.perf_counter()
         backbone, data = self.needs(config)
         line = {
-            "settings": runs.settings(config),
+            "settings": workers.settings(config),
             "stop": stop,
             "identity": self.identity(config),
             "images": data.count(training_split(config, data), config.fraction),
@@ -305,43 +314,28 @@ def best(lines: list[dict], count: int) -> list[dict]:
 
 
 def study(
-    sweep: Sweep, cell: Cell, results: runs.Results, runner: Callable, bar: tqdm
+    sweep: Sweep, cell: Cell, results: workers.Results, runner: Callable, bar: tqdm
 ) -> report.Row:
     """Grid, choice and final runs of one cell."""
     # The grid, trained on train and judged on val. With --halving only the better half goes on.
     candidates = grid(sweep, cell)
     length = candidates[0].length if candidates[0].tune == "prefix" else None
     tried, ranked = [], []
-    for stop, keep in stages(sweep, candidates[0].epochs):
+    for stop, keep in [] if sweep.published else stages(sweep, candidates[0].epochs):
         lines = results.complete(candidates, stop, runner, bar)
         tried += lines
         ranked = best(lines, keep)
         candidates = [candidates[lines.index(line)] for line in ranked]
 
     # The choice, trained with every seed and tested once each. There is none if all diverged.
-    tested: list[dict] = []
-    for chosen in candidates:
-        todo = finals(sweep, cell, chosen.lr, chosen.wd)
-        tested = results.complete(todo, None, runner, bar)
+    todo: list[Config] = []
+    if sweep.published:
+        todo = finals(sweep, cell, None, None)
+    elif candidates:
+        todo = finals(sweep, cell, candidates[0].lr, candidates[0].wd)
+    tested = results.complete(todo, None, runner, bar)
     images = (tested or tried)[0]["images"]
     return report.Row(cell.task, cell.method, length, cell.fraction, images, tried, ranked, tested)
-
-
-def workers(sweep: Sweep, config: Config, most: int) -> tuple[int, int]:
-    """How many processes are to work, and with how many CPU threads each.
-
-    A small backbone gains nothing from threads: it has one, whatever the number of processes. A
-    large one has all cores; with other threads, a sum may have another last bit.
-    """
-    cores = torch.get_num_threads()  # those that PyTorch would use
-    path = Path(config.backbone)
-    small = config.backbone in ("tiny", "scratch")
-    small |= path.is_file() and path.stat().st_size < 20_000_000
-    count = cores if small else 1
-    if config.device == "cuda":
-        count = torch.cuda.device_count()
-    count = sweep.workers or min(count, most)
-    return count, 1 if small else max(1, cores // count)
 
 
 def run(sweep: Sweep) -> None:
@@ -358,16 +352,9 @@ def run(sweep: Sweep) -> None:
         # Who performs the runs: this process, several of this machine, or a cluster's.
         total = sum(planned.count for cell in todo for planned in costs(sweep, cell))
         first = grid(sweep, todo[0])[0]
-        count, threads = workers(sweep, first, total)
+        count, threads = workers.how_many(sweep.workers, first, total)
         here = Worker(threads)
-        runner: Callable = partial(runs.in_turn, here)
-        if sweep.ray:
-            runner = runs.on_ray(Worker, sweep.ray, first.device, threads, stack)
-        elif count > 1:
-            gpus = torch.cuda.device_count() if first.device == "cuda" else 0
-            pool = runs.Processes(Worker, count, threads, gpus)
-            stack.callback(pool.end)
-            runner = pool.spread
+        runner = workers.runner(here, count, threads, sweep.ray, first.device, stack)
 
         def identity(config: Config) -> dict[str, str]:
             if sweep.ray or count > 1:  # the GPUs are the workers'
@@ -379,9 +366,11 @@ def run(sweep: Sweep) -> None:
         with tqdm(total=total, unit="run", **BAR) as bar:
             for cell in todo:
                 bar.set_description(f"{cell.task} {cell.method}", refresh=False)
-                results = runs.Results(folder(sweep, cell.task) / "results.jsonl", identity)
+                results = workers.Results(folder(sweep, cell.task) / "results.jsonl", identity)
                 rows.append(study(sweep, cell, results, runner, bar))
-        files = report.save(home, rows)
+        files = report.save(
+            home, rows, workers.seconds({folder(sweep, cell.task) for cell in todo})
+        )
     print(report.table(rows), *files, sep="\n")
 
 
@@ -401,7 +390,7 @@ def costs(sweep: Sweep, cell: Cell) -> list[Runs]:
     """What a cell will train if nothing diverges: the stages of the grid, then the final runs."""
     config, *others = grid(sweep, cell)
     made, before, count = [], 0, 1 + len(others)
-    for stop, keep in stages(sweep, config.epochs):
+    for stop, keep in [] if sweep.published else stages(sweep, config.epochs):
         made.append(Runs(config, count, (stop or config.epochs) - before))
         before, count = stop or config.epochs, min(keep, count)
     return [*made, Runs(replace(config, final=True), len(set(sweep.seed)), config.epochs)]
@@ -441,14 +430,15 @@ def cost(planned: list[Runs], vit: ViT) -> tuple[int, int, float]:
     sizes = task.sizes | {"trainval": task.sizes["train"] + task.sizes["val"]}
     seen, flops = 0, 0.0
     for some in planned:
-        config, count = some.config, some.count
+        config = some.config
         split, judged = (task.final, "test") if config.final else ("train", "val")
         training, evaluation = image_flops(config, vit, task.classes)
-        images = count * some.epochs * round(config.fraction * sizes[split])
+        images = some.count * some.epochs * round(config.fraction * sizes[split])
         seen += images
-        flops += images * training + count * sizes[judged] * evaluation
-    # Later stages go on with runs of the first.
-    return planned[0].count + planned[-1].count, seen, flops
+        flops += images * training + some.count * sizes[judged] * evaluation
+    # Later stages go on with runs of the first; the last are the final runs.
+    count = planned[-1].count + (planned[0].count if len(planned) > 1 else 0)
+    return count, seen, flops
 
 
 def measure(config: Config, vit: ViT, classes: int, seconds: float = 3.0) -> float:
@@ -477,7 +467,7 @@ def plan(sweep: Sweep, todo: list[Cell]) -> None:
     """Print what the sweep would cost. The speed is measured once for a backbone; all have it."""
     vits: dict[tuple, ViT] = {}
     speeds: dict[tuple, float] = {}  # operations per second
-    rows, images_per_s = [], 0.0
+    rows = []
     for cell in todo:
         planned = costs(sweep, cell)
         config, classes = planned[0].config, find(cell.task).classes
@@ -489,16 +479,14 @@ def plan(sweep: Sweep, todo: list[Cell]) -> None:
             speeds[key] = training * sweep.img_per_s
         elif key not in speeds:
             speeds[key] = training * measure(config, vits[key], classes)
-        images_per_s = speeds[key] / training
         count, seen, flops = cost(planned, vits[key])
         length = config.length if config.tune == "prefix" else None
-        hours = flops / speeds[key] / 3600
-        rows.append(
-            report.Cost(cell.task, method(config), length, cell.fraction, count, seen, flops, hours)
-        )
+        start = [cell.task, report.called(cell.method), length, cell.fraction]
+        rows.append([*start, count, seen, flops, flops / speeds[key] / 3600])
     kind = "bf16" if use_bf16(config, vits[key]) else "fp32"
     source = "as stated" if sweep.img_per_s else f"measured here in {kind}"
-    print(report.plan(rows, f"{images_per_s:,.0f} training images/s in the last line ({source})"))
+    speed = f"{speeds[key] / training:,.0f} training images/s in the last line ({source})"
+    print(report.plan(rows, speed))
 
 
 def parse(argv: list[str] | None) -> Sweep:
