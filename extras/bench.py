@@ -52,7 +52,7 @@ from train import (
     text_loss,
     train_step,
 )
-from vit import ViT, fused_attention
+from vit import ViT
 
 LENGTH, CLASSES = 10, 200
 SOURCE = 64  # tokens of a source, and of a target, in row `gpt`
@@ -127,7 +127,8 @@ def candidate(
             optimizer = make_optimizer(config, model.train())
             arguments = (loss_of, model, vit, bf16, optimizer, (pixels, labels))
             return partial(train_step, *arguments)
-        prefix_kv = model.eval().prefix_kv(vit).detach()  # (depth, 2, H, L, Dh)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
+            prefix_kv = model.eval().prefix_kv(vit).detach()  # (depth, 2, H, L, Dh)
         return torch.no_grad()(partial(loss_of, model, vit, bf16, pixels, labels, prefix_kv))
 
     # A peer.
@@ -223,11 +224,12 @@ def row_vpt(options: argparse.Namespace) -> Figures:
 def row_memory(options: argparse.Namespace) -> Figures:
     """What autograd keeps of a bf16 forward pass with the fused kernel: a GPU's memory by batch."""
     figures: Figures = {}
+    fused = torch.nn.functional.scaled_dot_product_attention
     for length in (10, 200):
         _, model, vit = our_model("bf16", length, "deep")
         parameters = [*model.parameters(), *vit.parameters()]
         forward = partial(image_loss, model.train(), vit, True, *images(4))
-        with patch("vit.attention", lambda q, k, v, *rest, **more: fused_attention(q, k, v)):
+        with patch("vit.attention", lambda q, k, v, *rest: fused(q.contiguous(), k, v)):
             image = kept_for_backward(forward, parameters) / 4 / 1e6
         trained = sum(p.numel() for p in model.parameters())
         fixed = (sum(p.nbytes for p in parameters) + 8 * trained) / 1e6  # gradients and momenta

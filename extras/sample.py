@@ -30,7 +30,7 @@ from gpt import GPT
 from support import runs
 from support.corpora import Pair, Template, Text, encoding
 from support.files import exit_code
-from support.images import Files, crop
+from support.images import crop, read_image
 from support.report import png
 from train import (
     BAR,
@@ -151,13 +151,14 @@ def read_images(run: Run, paths: list[Path]) -> Iterator[tuple[list[Path], Tenso
         raise UsageError(
             f"{run.config.task} was not made from image files, so none can be read as its images were"
         )
-    files = Files([str(path) for path in paths], rule if isinstance(rule, int) else tuple(rule))
+    resize = rule if isinstance(rule, int) else tuple(rule)
     for start in tqdm(range(0, len(paths), BATCH), "images", unit="batch", **BAR | QUIET):
         kept, pixels = [], []
         for i in range(start, min(start + BATCH, len(paths))):
-            image = files[i]
-            if isinstance(image, str):
-                tqdm.write(f"skipped: {image}", file=sys.stderr)
+            try:
+                image = read_image(paths[i], resize)
+            except ValueError as error:
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
                 continue
             crop(image, size, out := np.empty((size, size, 3), np.uint8), rng=None)
             pixels.append(torch.from_numpy(out))

@@ -1,16 +1,22 @@
-"""The benchmarks as data: where their images are, how they lie, VPT's splits, and the settings the paper published.
+"""Sets of image files: where they come from, how they lie on the disk, their splits and settings.
 
-FGVC: five sets of birds, flowers, dogs and cars. VTAB-1K: 19 tasks in one archive, each with 1,000 labelled images.
-Sources: Jia et al., ECCV 2022 (VPT's splits); Zhai et al., arXiv 1910.04867 (VTAB); Le et al., ICLR 2025 (settings).
+FGVC: five sets of birds, flowers, dogs and cars, with VPT's splits. VTAB-1K: 19 tasks in one
+archive, each with 1,000 labelled images. Your own: a folder with a folder per class.
+Sources: Jia et al., ECCV 2022 (VPT's splits); Zhai et al., arXiv 1910.04867 (VTAB); Le et al.,
+ICLR 2025 (settings).
 """
 
 import json
+import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from support.files import UsageError, digest, fetch, obtain, verify
-from support.images import prepare_all
+from support.images import Files, hidden, image_files, load_files, stratified
 
 SPLITS = ("train", "val", "test")
 UNPACKED = "unpacked"  # data/cub/unpacked/ holds what the archive of cub held
@@ -21,8 +27,8 @@ IN21K = "vit_base_patch16_224.orig_in21k"  # the backbone of VPT and of the pape
 class Source:
     """Where the images of a benchmark come from, and how they lie in its archive.
 
-    checksum: None if it was never published. images: the folder to which the names in a split file are relative.
-    splits: the folder of its split files. manual: what to do where a program may not download.
+    checksum: None if it was never published. splits: the folder of its split files. images: the
+    folder that names in a split file start from. manual: what to do where no program may download.
     """
 
     archive: str
@@ -84,7 +90,8 @@ VTAB = Source(
     ("https://huggingface.co/datasets/XiN0919/VTAB-1k/resolve/main/vtab-1k.zip",),
 )
 
-# VPT's splits as the paper's code has them: JSON objects {image: class id}, with their sha256, images and classes.
+# VPT's splits as the paper's code has them: JSON objects {image: class id}. Here their sha256, and
+# how many images and classes they have.
 SPLITS_URL = (
     "https://raw.githubusercontent.com/Minhchuyentoancbn/ReparamPrefix/"
     "86c3ed67328f73efa151323dc84241f7c30d29d2/CV/local_datasets/json"
@@ -115,52 +122,34 @@ SPLIT_FILES = {
     "cars/test": ("055d51db1e7df71629ba9f7e8594b326b0b533792f02baf4f17bc3e1292af166", 8041, 196),
 }
 
-# The paper's (length, base lr, weight decay) at batch 64.
+# The paper's (length, base lr, weight decay) at batch 64, for No-share, Simple-share and
+# Deep-share: a prefix in every layer; then in the first layer alone (--shallow).
 METHODS = ("none", "simple", "deep", "none-shallow", "simple-shallow", "deep-shallow")
 PUBLISHED = {
     "cub": (
-        (10, 50, 1e-4),
-        (10, 50, 1e-3),
-        (10, 25, 1e-4),
-        (100, 10, 1e-4),
-        (100, 1, 1e-4),
-        (100, 5, 1e-4),
+        *((10, 50, 1e-4), (10, 50, 1e-3), (10, 25, 1e-4)),
+        *((100, 10, 1e-4), (100, 1, 1e-4), (100, 5, 1e-4)),
     ),
     "nabirds": (
-        (50, 50, 1e-4),
-        (50, 50, 1e-4),
-        (50, 10, 1e-4),
-        (50, 5, 0),
-        (50, 1, 0),
-        (50, 1, 1e-4),
+        *((50, 50, 1e-4), (50, 50, 1e-4), (50, 10, 1e-4)),
+        *((50, 5, 0), (50, 1, 0), (50, 1, 1e-4)),
     ),
     "flowers": (
-        (5, 10, 0),
-        (5, 50, 1e-3),
-        (5, 10, 1e-3),
-        (100, 25, 1e-4),
-        (100, 25, 1e-4),
-        (100, 25, 1e-4),
+        *((5, 10, 0), (5, 50, 1e-3), (5, 10, 1e-3)),
+        *((100, 25, 1e-4), (100, 25, 1e-4), (100, 25, 1e-4)),
     ),
     "dogs": (
-        (100, 50, 0),
-        (100, 25, 1e-3),
-        (100, 1, 1e-3),
-        (100, 10, 1e-3),
-        (100, 1, 1e-3),
-        (100, 0.1, 1e-4),
+        *((100, 50, 0), (100, 25, 1e-3), (100, 1, 1e-3)),
+        *((100, 10, 1e-3), (100, 1, 1e-3), (100, 0.1, 1e-4)),
     ),
     "cars": (
-        (200, 50, 0),
-        (200, 10, 1e-4),
-        (200, 10, 1e-4),
-        (100, 25, 0),
-        (100, 10, 0),
-        (100, 5, 1e-4),
+        *((200, 50, 0), (200, 10, 1e-4), (200, 10, 1e-4)),
+        *((100, 25, 0), (100, 10, 0), (100, 5, 1e-4)),
     ),
 }
 
-VTAB_TASKS = {  # classes, test images; a list of 1,000 may lack a class, so the classes are not counted there
+# Classes and test images. A list of 1,000 may lack a class, so classes are not counted there.
+VTAB_TASKS = {
     "natural": {
         "cifar": (100, 10000),
         "caltech101": (102, 6084),
@@ -190,78 +179,78 @@ VTAB_TASKS = {  # classes, test images; a list of 1,000 may lack a class, so the
 
 
 def places(root: Path, names: tuple[str, ...], depth: int = 4) -> Iterator[Path]:
-    """root, and every folder below it that is reached through `names` alone: the layouts in which people keep data."""
+    """root and all folders that `names` alone lead to: the layouts in which people keep data."""
     yield root
     for name in names:
         if depth and (root / name).is_dir():
             yield from places(root / name, names, depth - 1)
 
 
+def fgvc_places(task: str, root: Path) -> list[Path]:
+    """Where the images of an FGVC task may lie, unpacked here or by hand."""
+    return list(places(root, (task, UNPACKED, FGVC[task].archive.split(".")[0])))
+
+
 def fgvc_splits(task: str, root: Path, download: bool = True) -> dict[str, dict[str, str | int]]:
-    """VPT's splits {split: {image: class id}}, verified: the user's own copy, else a downloaded one; {} without any."""
+    """VPT's splits {split: {image: class id}}: your own, else downloaded; {} without either."""
     splits = {}
     for split in SPLITS:
         name = f"{FGVC[task].splits}/{split}"
         sha256, *_ = SPLIT_FILES[name]
         kept = root / "vpt_splits" / f"{name}.json"
         paths = [kept, *(place / f"{split}.json" for place in fgvc_places(task, root))]
-        path = next(
-            (path for path in paths if path.exists() and digest(path, "sha256") == sha256), None
-        )
-        if path is None and not download:
+        right = [path for path in paths if path.exists() and digest(path, "sha256") == sha256]
+        if right:
+            path = right[0]
+        elif download:
+            path = fetch([f"{SPLITS_URL}/{name}.json"], kept, f"sha256:{sha256}")
+        else:
             return {}
-        path = path or fetch([f"{SPLITS_URL}/{name}.json"], kept, f"sha256:{sha256}")
         splits[split] = json.loads(path.read_text())
     return splits
 
 
-def fgvc_places(task: str, root: Path) -> list[Path]:
-    """Where the images of an FGVC task may lie: unpacked by hand or by `obtain`, with or without their top folder."""
-    return list(places(root, (task, UNPACKED, FGVC[task].archive.split(".")[0])))
-
-
 def fgvc_images(task: str, root: Path, splits: dict[str, dict[str, str | int]]) -> Path | None:
     """The folder below which the split's images lie, if they are on this machine."""
-    some = list(splits.get("train", ()))[
-        :10
-    ]  # more than one, for a single missing image must not hide the folder
-    folders = [place / FGVC[task].images for place in fgvc_places(task, root)]
-    return next(
-        (folder for folder in folders if any((folder / image).exists() for image in some)), None
-    )
+    some = list(splits.get("train", ()))[:10]  # a single one may be missing
+    for place in fgvc_places(task, root):
+        folder = place / FGVC[task].images
+        if any((folder / image).exists() for image in some):
+            return folder
+    return None
 
 
 def load_fgvc(task: str, root: Path, size: int) -> dict:
-    """Birds, flowers, dogs or cars with VPT's splits: the short side at 256 for an input of 224, as VPT resizes."""
+    """Birds, flowers, dogs or cars. As in VPT, an input of 224 is cut from a short side of 256."""
     splits = fgvc_splits(task, root)
     if not fgvc_images(task, root, splits):
         get(FGVC[task], root, task)
     base = fgvc_images(task, root, splits)
     if base is None:
+        folder = root / task / UNPACKED
         raise UsageError(
-            f"{root / task / UNPACKED} does not hold the images of {task}; delete it to have them unpacked anew"
+            f"{folder} does not hold the images of {task}; delete it to have them unpacked anew"
         )
-    # The number of a class is the rank of its id among *train's* ids. Ranked within each split, as VPT's code does it,
-    # NABirds' val, where two of the 555 classes have no image, would get other numbers than train, and be judged wrong.
+
+    # The number of a class is the rank of its id among *train's* ids. VPT's code ranks them within
+    # each split; NABirds' val lacks two of the 555 classes, so its images would be judged wrong.
     number = {id: rank for rank, id in enumerate(sorted(set(splits["train"].values())))}
-    folders = {id: Path(image).parent.name for image, id in splits["train"].items()}
-    named = len(set(folders.values())) == len(
-        number
-    )  # flowers and cars keep all images in one folder
     files = {
         split: [(image, number[id]) for image, id in images.items()]
         for split, images in splits.items()
     }
-    rule = round(size * 256 / 224)
-    return {
-        "classes": [folders[id] if named else str(id) for id in number],
-        "splits": prepare_all(root, task, base, files, rule),
-        "rule": rule,
-    }
+
+    # a class is called as its folder; flowers and cars keep all images in one
+    folders = {id: Path(image).parent.name for image, id in splits["train"].items()}
+    if len(set(folders.values())) == len(number):
+        classes = [folders[id] for id in number]
+    else:
+        classes = [str(id) for id in number]
+    return load_files(root, task, base, classes, files, round(size * 256 / 224))
 
 
 def get(source: Source, root: Path, task: str) -> None:
-    """Download and unpack a benchmark's archive, or say what the user must do first."""
+    """Download and unpack a benchmark's archive, or say what you must do first."""
     archives = [folder / source.archive for folder in (root, root / task)]
     archive = next((path for path in archives if path.exists()), archives[0])
     if source.manual and not archive.exists():
@@ -280,43 +269,181 @@ def vtab_images(task: str, root: Path) -> Path | None:
 
 
 def load_vtab(task: str, classes: int, root: Path, size: int) -> dict:
-    """1,000 training images: train800 and val200 to choose settings, both together for the final runs."""
+    """train800 and val200, to choose settings; the final runs train on both.
+
+    As in VTAB, an image is resized to size x size whatever its shape.
+    """
     if not vtab_images(task, root):
         get(VTAB, root, "vtab-1k")
     base = vtab_images(task, root)
     if base is None:
+        folder = root / "vtab-1k"
         raise UsageError(
-            f"{root / 'vtab-1k'} lacks the task {task}: an early upload; delete it, and put another there"
+            f"{folder} lacks the task {task}: an early upload; delete it, and put another there"
         )
-    files = {}
+
+    # no checksum of the lists was published: they must stay as they were at first use
+    lists = {}
+    (root / "cache").mkdir(parents=True, exist_ok=True)
     for name in ("train800", "val200", "train800val200", "test"):
-        files[name] = vtab_list(base / f"{name}.txt", classes)
-        record = (
-            root / "cache" / f"{task}-{name}.txt.sha256"
-        )  # no checksum was published: it stays as at first use
-        record.parent.mkdir(parents=True, exist_ok=True)
-        verify(base / f"{name}.txt", None, record)
-    train, val, both, test = files.values()
+        path = base / f"{name}.txt"
+        lists[name] = vtab_list(path, classes)
+        verify(path, None, root / "cache" / f"{task}-{name}.txt.sha256")
+    train, val, both, test = lists.values()
     if sorted(label for _, label in train + val) != sorted(label for _, label in both):
         raise UsageError(
-            f"{base}/train800val200.txt is not train800.txt and val200.txt together; get another archive"
+            f"{base}/train800val200.txt is not train800.txt and val200.txt; get another archive"
         )
     files = {"train": train, "val": val, "test": test}
-    splits = prepare_all(root, task, base, files, (size, size))
-    return {"classes": [str(i) for i in range(classes)], "splits": splits, "rule": (size, size)}
+    return load_files(root, task, base, [str(i) for i in range(classes)], files, (size, size))
 
 
-def vtab_list(path: Path, classes: int) -> list[tuple[str, int]]:
+def vtab_list(path: Path, classes: int) -> Files:
     """Lines such as `images/test/000000.jpg 7`."""
     try:
         rows = [line.rsplit(" ", 1) for line in path.read_text().splitlines()]
         files = [(image, int(label)) for image, label in rows]
+        if not files or not all(0 <= label < classes for _, label in files):
+            raise ValueError(f"its labels must be from 0 to {classes - 1}")
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{path} is no list of images and labels ({error}); get the archive again"
         ) from error
-    if not files or not all(0 <= label < classes for _, label in files):
-        raise UsageError(
-            f"{path} must name images with labels from 0 to {classes - 1}; get the archive again"
-        )
     return files
+
+
+# "train", "Training_set", "val", "Validation", "test", "testing" and the like.
+SPLIT_NAME = re.compile(
+    r"(?:(?P<train>train(?:ing)?)|(?P<val>val(?:id|idation)?|dev)|(?P<test>test(?:ing)?))"
+    r"(?:[-_ ]?(?:set|data|images))?",
+    re.IGNORECASE,
+)
+
+
+def subfolders(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not hidden(p.name))
+
+
+def split_folders(folder: Path) -> dict[str, str]:
+    """{"train": "Training", ...} if all folders in `folder` are named as splits; {} if classes."""
+    names = subfolders(folder)
+    named = {name: match.lastgroup for name in names if (match := SPLIT_NAME.fullmatch(name))}
+    if len(named) < 2:  # a train alone can also be a vehicle
+        return {}
+    found = {split: name for name, split in named.items() if split}
+    if "train" not in found or len(found) < len(names):
+        raise UsageError(
+            f"{folder} holds {', '.join(names)}: are these splits or classes? For splits, leave "
+            "one train with one val, one test or both, and nothing else; else rename the classes"
+        )
+    return found
+
+
+def classes_of(folder: Path, inner: str = "") -> dict[str, str]:
+    """The images of folder/inner as {path below folder: class}, with a folder per class.
+
+    What is left out is counted in a line. UsageError if a class has no image.
+    """
+    top, images = folder / inner, {}
+    files, others = image_files(top)
+    for file in files:
+        name, _, rest = file.partition("/")
+        if rest:
+            images[(Path(inner) / file).as_posix()] = name
+        else:
+            others["images in no class"] += 1
+    if others:
+        print(
+            f"{top}: {others.total()} files ignored: {', '.join(sorted(others))}", file=sys.stderr
+        )
+
+    empty = set(subfolders(top)) - set(images.values())
+    if empty or not images:
+        folder = top / min(empty, default="")
+        raise UsageError(f"{folder} holds no images; a task needs a folder of images per class")
+    return images
+
+
+def refuse_one_class(top: Path, classes: set[str]) -> None:
+    """UsageError, which names the folder that was meant, if there is nothing to tell apart."""
+    if len(classes) > 1:
+        return
+    inner = top / min(classes)
+    while len(names := subfolders(inner)) == 1:
+        inner /= names[0]
+    meant = f"name {inner}" if names else "put a folder for each class into it"
+    raise UsageError(f"{top} has one class, '{min(classes)}', and needs two or more; {meant}")
+
+
+def divide(images: dict[str, str], *shares: float) -> list[dict[str, str]]:
+    """Stratified parts, always the same, cut after these shares of all images."""
+    if len(images) < 10:
+        raise UsageError(f"{len(images)} images are too few; to be split, they must be at least 10")
+    files, order = list(images), stratified(np.array(list(images.values())), seed=0)
+    parts = np.split(order, [round(share * len(files)) for share in shares])
+    return [dict(sorted((files[i], images[files[i]]) for i in part)) for part in parts]
+
+
+def own_split(path: Path, images: dict[str, str]) -> dict[str, dict[str, str]]:
+    """A split.json {split: {file: class}} that the user put beside the images."""
+    try:
+        listing = json.loads(path.read_bytes())
+        named = [pair for split in SPLITS for pair in listing[split].items()]
+        if not all(listing[split] for split in SPLITS):
+            raise ValueError("a split is empty")
+        if strange := set(named) - set(images.items()):
+            raise ValueError(f"it has {min(strange)}, which is not in the folder")
+        if len(dict(named)) < len(named):
+            raise ValueError("an image is in two splits")
+    except Exception as error:
+        raise UsageError(
+            f"{path} must give train, val and test as {{file: class}} ({error}); mend or delete it"
+        ) from error
+    return listing
+
+
+def load_folder(folder: Path, root: Path, size: int) -> dict:
+    """Your own images: a folder per class, within folders for train, val and test or without them.
+
+    Without them, 80 / 10 / 10 % of the images are train, val and test; a missing val is a tenth of
+    train. A split made here is stratified and always the same; a run keeps it as split.json, and a
+    split.json in the folder is obeyed.
+    """
+    # read the classes, of every split if there are splits
+    found = split_folders(folder)
+    parts = {split: classes_of(folder, name) for split, name in found.items()}
+    known = parts["train"] if found else classes_of(folder)
+    classes = sorted(set(known.values()))
+    refuse_one_class(folder / found.get("train", ""), set(classes))
+    images = dict(known)
+    for split, part in parts.items():
+        images |= part
+        if strange := sorted(set(part.values()) - set(classes)):
+            raise UsageError(
+                f"{folder / found[split]} has the class '{strange[0]}', but "
+                f"{folder / found['train']} has not"
+            )
+
+    # make the splits that are missing
+    listing = None
+    if (folder / "split.json").exists():
+        listing = own_split(folder / "split.json", images)
+    elif not found:
+        listing = dict(zip(SPLITS, divide(images, 0.8, 0.9), strict=True))
+    elif len(found) < 3:
+        said = "no folder for val: val is a tenth of train"
+        if "test" not in found:
+            said = "no folder for test: val is tested on, and a tenth of train becomes val"
+            parts["test"] = parts["val"]
+        print(f"{folder} has {said}", file=sys.stderr)
+        train, val = divide(parts["train"], 0.9)
+        listing = {"train": train, "val": val, "test": parts["test"]}
+
+    files = {
+        split: [(file, classes.index(name)) for file, name in part.items()]
+        for split, part in (listing or parts).items()
+    }
+    task = folder.absolute().name
+    return load_files(root, task, folder, classes, files, round(size * 256 / 224)) | {
+        "listing": listing
+    }

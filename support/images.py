@@ -1,25 +1,27 @@
-"""Pixels: an image is decoded once per machine, and a batch is integer crops and flips of what was kept.
+"""Images: each is decoded once per machine, and a batch is cut from the pixels that were kept.
 
-Decoding and resizing a JPEG takes a hundred times as long as copying a window of it, and gives the same pixels in every
-epoch. So `prepare` does it once, in parallel, into one file: the uint8 pixels of all images of a split, one after
-another, then the index (offset, height, width, label, checksum), its checksum, and the number of images. The file is
-mapped, not read: memory holds what a batch touches, however large the file, and an image is compared with its checksum
-when it is first touched. `normalise` makes floats of a batch on the device.
+Decoding and resizing a JPEG takes a hundred times as long as copying a window of it, and gives the
+same pixels in every epoch. So `prepare` does it once, in parallel, into one file per split:
 
-Shapes: B images; pixels are (height, width, 3) uint8 on disk and in batches, (B, 3, size, size) float for the model.
+    uint8 pixels of all images, one after another | index (n, 4) int64 | sha256, 32 bytes
+
+The file is mapped, not read: memory holds what a batch touches, however large the file. The sha256
+covers the names of the images and all before it. It is checked when the file is opened, and it is
+the identity of the split: two folders with the same names, labels and pixels are the same data.
+
+Shapes: B images; pixels are (height, width, 3) uint8 on disk and (B, size, size, 3) in batches.
 """
 
 import contextlib
 import hashlib
+import json
 import mmap
 import os
-import zlib
-from collections import deque
+import stat
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -27,187 +29,244 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchvision.transforms import Resize
 from tqdm import tqdm
 
-from support.files import UsageError, build_once, inside, need
+from support.files import UsageError, build_once, inside
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-UNREADABLE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    Image.DecompressionBombError,
-)  # what Pillow raises
 MOST = 89_478_485  # pixels of one image, before and after resizing: Pillow's own limit
-Rule = int | tuple[int, int]  # of resizing: the short side, or (height, width)
+# The endings of images that Pillow reads, and what operating systems leave among them.
+ENDINGS = {
+    *(".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg"),
+    *(".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
+}
+LEFT_BEHIND = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found", "Thumbs.db", "desktop.ini"}
+NAMED = 10  # so many broken images are named at once
+BLOCK = 1 << 24  # bytes that are hashed at once
+VERSION = "sha256, 16 bits scaled"  # of the cached pixels: files of another version are not used
+Side = int | tuple[int, int]  # how an image is resized: its short side, or (height, width)
+Files = list[tuple[str, int]]  # path below a folder, label
+Random = np.random.Generator | None
+
+
+class BrokenImages(UsageError):
+    """Images that are missing or damaged, named together."""
+
+    def __init__(self, faults: list[str]):
+        first = f" (the first {NAMED})" if len(faults) > NAMED else ""
+        super().__init__(f"{'; '.join(faults[:NAMED])}{first}; put whole copies in their place")
+        self.faults = faults
 
 
 @dataclass
 class Split:
-    """Decoded images: `pixels` is one flat uint8 array, in memory or mapped from a file; `index` says where."""
+    """Decoded images: `pixels` is one flat array, in memory or mapped from a file."""
 
     pixels: np.ndarray  # (bytes,) uint8
     index: np.ndarray  # (n, 4) int64: offset, height, width, label
-    path: Path | None = None  # the file that holds `pixels`
+    digest: str = ""  # of names, pixels and labels
     mapping: mmap.mmap | None = None
-    unseen: dict[int, int] = field(
-        default_factory=dict
-    )  # of it: the crc32 of images that were not used yet
 
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def labels(self) -> np.ndarray:
+        return self.index[:, 3]  # (n,)
+
     def image(self, i: int) -> np.ndarray:
-        """A view (height, width, 3), not a copy. UsageError if the disk has changed it."""
+        """A view (height, width, 3), not a copy."""
         offset, height, width, _ = self.index[i]
-        pixels = self.pixels[offset : offset + height * width * 3]
-        if i in self.unseen:
-            if zlib.crc32(pixels.data) != self.unseen[i]:
-                raise UsageError(
-                    f"{self.path} is damaged; delete it, and the next start makes it anew"
-                )
-            del self.unseen[i]
-        return pixels.reshape(height, width, 3)
-
-    @cached_property
-    def stack(self) -> np.ndarray | None:
-        """All images as one view (n, height, width, 3) if they have one size, else None."""
-        height, width = self.index[0, 1:3]
-        return (
-            self.pixels.reshape(-1, height, width, 3)
-            if (self.index[:, 1:3] == (height, width)).all()
-            else None
-        )
-
-    def release(self) -> None:
-        """Forget the file's pages that were touched, so that an epoch does not pile up the whole file in memory."""
-        if self.mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self.mapping.madvise(mmap.MADV_DONTNEED)
+        return self.pixels[offset : offset + height * width * 3].reshape(height, width, 3)
 
     @classmethod
     def of(cls, images: np.ndarray, labels: np.ndarray) -> "Split":
         """From images (n, height, width, 3) uint8 of one size and labels (n,)."""
         n, height, width, _ = images.shape
-        offsets = np.arange(n) * height * width * 3
         sides = np.full((n, 2), (height, width))
-        return cls(images.reshape(-1), np.column_stack([offsets, sides, labels]).astype(np.int64))
+        index = np.column_stack([np.arange(n) * height * width * 3, sides, labels])
+        made = hashlib.sha256(images)
+        made.update(index)
+        return cls(images.reshape(-1), index, made.hexdigest())
 
     @classmethod
-    def open(cls, path: Path) -> "Split":
-        """What `prepare` wrote, mapped. UsageError if it is not whole."""
-        with contextlib.suppress(ValueError), path.open("rb") as file:
+    def open(cls, path: Path, files: Files) -> "Split":
+        """What `decode` wrote, mapped. UsageError if it is not whole."""
+        with contextlib.suppress(ValueError), path.open("rb") as file:  # an empty file is no map
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             raw = np.frombuffer(mapping, np.uint8)
-            crc32, n = raw[-16:].copy().view(np.int64).tolist()
-            end = len(raw) - 16 - 40 * n
-            index = raw[end:-16].copy().view(np.int64).reshape(n, 5)
-            if (
-                n > 0
-                and zlib.crc32(index.data) == crc32
-                and (index[:, 1] * index[:, 2]).sum() * 3 == end
-            ):
-                return cls(
-                    raw[:end], index[:, :4], path, mapping, dict(enumerate(index[:, 4].tolist()))
-                )
+            body, digest = raw[:-32], raw[-32:].tobytes()
+
+            # nothing in the file is believed before its digest is known to be right
+            made = names_digest(files)
+            for start in tqdm(range(0, len(body), BLOCK), f"checking {path.name}", delay=2):
+                made.update(body[start : start + BLOCK])
+                release(mapping)
+            if made.digest() == digest:
+                end = len(body) - 32 * len(files)
+                index = np.frombuffer(body[end:].tobytes(), np.int64).reshape(-1, 4)
+                return cls(body[:end], index, made.hexdigest(), mapping)
         raise UsageError(f"{path} is damaged; delete it, and the next start makes it anew")
 
 
-@dataclass
-class Files:
-    """Image files as a map-style data set of decoded and resized pixels, for DataLoader's worker processes."""
-
-    paths: list[str]
-    rule: Rule
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> np.ndarray | str:
-        """Pixels (height, width, 3) uint8, as torchvision's ImageFolder and Resize give them; else the fault."""
-        try:
-            with Image.open(self.paths[i]) as image:
-                if image.mode == "F":
-                    raise ValueError("it holds floats, which are no pixels")
-                if isinstance(self.rule, int) and self.rule**2 * max(image.size) > MOST * min(
-                    image.size
-                ):
-                    raise ValueError(
-                        f"{image.width} x {image.height} is too thin: resized, it would fill the memory"
-                    )
-                return np.asarray(Resize(self.rule)(image.convert("RGB")))
-        except UNREADABLE as error:
-            return f"{self.paths[i]} cannot be read as an image ({error}); put a whole copy in its place"
+def names_digest(files: Files) -> "hashlib._Hash":
+    """The digest of a split before its pixels and labels are added."""
+    return hashlib.sha256(os.fsencode("\n".join(file for file, _ in files)))
 
 
-def prepare(cache: Path, name: str, base: Path, files: list[tuple[str, int]], rule: Rule) -> Split:
-    """Images `files` (path below `base`, label), decoded once per machine into a file in `cache` and mapped from there.
+def release(mapping: mmap.mmap | None) -> None:
+    """Forget the pages that were touched, or an epoch would pile up the whole file in memory."""
+    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)
 
-    The file is named after everything that decides its content: the rule of resizing, and of every image path, label,
-    size and time of change. UsageError for an image that is missing or unreadable, and for a full disk.
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder is none of the user's data."""
+    return name.startswith(".") or name in LEFT_BEHIND
+
+
+def image_files(top: Path) -> tuple[list[str], Counter]:
+    """Image files as paths below `top`, in torchvision's order; how many others, by ending."""
+    found, others = [], Counter()
+    seen = {os.path.realpath(folder) for folder in (top, *top.absolute().parents)}
+    for root, folders, files in os.walk(top, followlinks=True):
+        # a link to a folder that was seen leads in a circle
+        kept = []
+        for name in sorted(folders):
+            real = os.path.realpath(f"{root}/{name}")
+            if not hidden(name) and real not in seen:
+                kept.append(name)
+                seen.add(real)
+        folders[:] = kept
+
+        below = Path(root).relative_to(top).as_posix()
+        for name in files:
+            ending = Path(name).suffix.lower()
+            if hidden(name):
+                continue
+            if ending in ENDINGS:
+                found.append((below.split("/")[0], below, name))
+            else:
+                others[ending or "no ending"] += 1
+    return [name if below == "." else f"{below}/{name}" for _, below, name in sorted(found)], others
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any image as 8-bit RGB. Grey of 16 or 32 bits is scaled by the range of its type.
+
+    Pillow would clip it at 255, to white. ValueError for what has no such range, or would be black.
     """
-    key = hashlib.sha256(f"{rule} crc32".encode())
-    for file, label in files:
+    if image.mode == "F":
+        raise ValueError("it holds floats, which are no pixels")
+    if image.mode.startswith("I"):
+        # a TIFF of mode I holds 32 signed bits; other formats keep their 16 bits in it
+        values = np.asarray(image).astype(np.int64)  # (height, width)
+        bits = 31 if image.mode == "I" and image.format == "TIFF" else 16
+        scaled = values >> (bits - 8)
+        if scaled.min() < 0 or scaled.max() > 255 or (values.any() and not scaled.any()):
+            raise ValueError(
+                f"its values from {values.min()} to {values.max()} do not use the {bits} bits of "
+                "their type; save it with 8 bits"
+            )
+        image = Image.fromarray(scaled.astype(np.uint8))
+    return image.convert("RGB")
+
+
+def read_image(path: str | Path, resize: Side) -> np.ndarray:
+    """Pixels (height, width, 3) uint8 of a file, resized as by torchvision. Else ValueError."""
+    try:
+        with Image.open(path) as image:
+            short, long = sorted(image.size)
+            if isinstance(resize, int) and resize**2 * long > MOST * short:
+                raise ValueError(f"{long} x {short} is too thin: resized, it fills the memory")
+            return np.asarray(Resize(resize)(to_rgb(image)))
+    except Exception as error:  # of many kinds, if the file is damaged
+        raise ValueError(f"{path} cannot be read as an image ({error})") from error
+
+
+def load_files(
+    root: Path, task: str, base: Path, classes: list[str], files: dict[str, Files], resize: Side
+) -> dict:
+    """What a Dataset holds of image files. Broken images of all splits are named together."""
+    splits, faults = {}, []
+    for split, part in files.items():
         try:
-            status = os.stat(f"{base}/{file}")
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"{base}/{file} belongs to {name} but cannot be had ({getattr(error, 'strerror', error)}); put it "
-                f"there, or delete {base} if it was downloaded, and the next start does it again"
-            ) from error
+            splits[split] = prepare(root / "cache", f"{task}-{split}", base, part, resize)
+        except BrokenImages as error:
+            faults += error.faults
+    if faults:
+        raise BrokenImages(faults)
+    return {"classes": classes, "splits": splits, "resize": resize}
+
+
+def prepare(cache: Path, name: str, base: Path, files: Files, resize: Side) -> Split:
+    """Images `files` (path below `base`, label), decoded once into a file in `cache` and mapped.
+
+    The file is named after all that may change its content: how images are resized, and the name,
+    label, size and time of change of each. UsageError for images that are missing or broken.
+    """
+    key, faults = hashlib.sha256(f"{resize} {VERSION}".encode()), []
+    for file, label in files:
+        # a list of images may come from elsewhere: it must not lead out of its folder
         if not inside(file):
             raise UsageError(
                 f"{name} names '{file}', which is not below {base}; do not use this list of images"
             )
-        key.update(os.fsencode(f"{file}\n{label} {status.st_size} {status.st_mtime_ns}\n"))
-    paths, labels = [f"{base}/{file}" for file, _ in files], [label for _, label in files]
-    side = f"{rule}" if isinstance(rule, int) else "x".join(map(str, rule))
+        try:
+            status = os.stat(f"{base}/{file}")
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("it is no file")
+            key.update(os.fsencode(f"{file}\n{label} {status.st_size} {status.st_mtime_ns}\n"))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", error)
+            faults.append(f"{base}/{file} belongs to {name} but cannot be had ({reason})")
+    if faults:
+        raise BrokenImages(faults)
+
+    side = f"{resize}" if isinstance(resize, int) else "x".join(map(str, resize))
     path = cache / f"{name}-{side}-{key.hexdigest()[:16]}.pixels"
-    return Split.open(
-        build_once(path, lambda temporary: decode(temporary, name, Files(paths, rule), labels))
-    )
+    build_once(path, lambda temporary: decode(temporary, name, base, files, resize))
+    return Split.open(path, files)
 
 
-def prepare_all(
-    root: Path, task: str, base: Path, files: dict[str, list[tuple[str, int]]], rule: Rule
-) -> dict[str, Split]:
-    return {
-        split: prepare(root / "cache", f"{task}-{split}", base, part, rule)
-        for split, part in files.items()
-    }
+def decode(temporary: Path, name: str, base: Path, files: Files, resize: Side) -> None:
+    """Write what `Split.open` reads. One thread per core decodes; memory holds a few images."""
 
+    def read(file: tuple[str, int]) -> np.ndarray | str:
+        try:
+            return read_image(f"{base}/{file[0]}", resize)
+        except ValueError as error:
+            return str(error)
 
-def decode(temporary: Path, name: str, files: Files, labels: list[int]) -> None:
-    """Write the file that `Split.open` reads. Worker processes decode; memory holds a few images of each."""
-    least = files.rule if isinstance(files.rule, tuple) else (files.rule, files.rule)
-    need(len(files) * least[0] * least[1] * 3, temporary.parent)
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    workers = min(cores, len(files) // 64)  # a few images are not worth a process
-    images = chain.from_iterable(
-        DataLoader(files, batch_size=8, num_workers=workers, collate_fn=list)
-    )
-    index, offset = np.empty((len(files), 5), np.int64), 0
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    images = prefetch(read, files, threads=cores)
+    made, index, faults = names_digest(files), np.empty((len(files), 4), np.int64), []
     with temporary.open("wb") as out:
-        for i, image in enumerate(
-            tqdm(images, f"decoding {name}", len(files), unit="img", delay=2)
-        ):
+        # pixels, one image after another
+        for i, image in enumerate(tqdm(images, f"decoding {name}", len(files), delay=2)):
             if isinstance(image, str):
-                raise UsageError(image)
-            index[i] = offset, *image.shape[:2], labels[i], zlib.crc32(image)
-            offset += out.write(image.data)
-        out.write(index.tobytes() + np.array([zlib.crc32(index.data), len(files)]).tobytes())
+                faults.append(image)
+                continue
+            index[i] = out.tell(), *image.shape[:2], files[i][1]
+            made.update(image)
+            out.write(image.data)
+        if faults:
+            raise BrokenImages(faults)
+
+        # where they are, and the digest
+        made.update(index)
+        out.write(index.tobytes() + made.digest())
         out.flush()
         os.fsync(out.fileno())  # a power cut after the renaming finds it on the disk
 
 
 class Batched:
-    """What images and texts have in common: their examples in batches, each made while the one before is used.
+    """What images and texts have in common: batches, each made while the one before is used.
 
-    A kind of data says what its `examples` are, in what `order` they come, and how a batch of them is `gather`ed.
+    A kind of data says what its `examples` are, in what `order` they come, how they are `gather`ed.
     """
 
     examples: Callable[..., list]
@@ -226,10 +285,11 @@ class Batched:
         fraction: float = 1.0,
         pin: bool = False,
     ) -> Iterator[tuple[Tensor, ...]]:
-        """With a seed: shuffled, and images augmented, by (seed, epoch) alone. Without: always the same.
+        """With a seed: shuffled, and images augmented, by (seed, epoch) alone. Without: in order.
 
-        The next batch is made in a thread while the caller uses this one. pin: in page-locked memory, for CUDA.
+        pin: put the batches into page-locked memory, from which CUDA copies without waiting.
         """
+        # one generator per epoch: first it shuffles, then it augments image after image
         rng = None if seed is None else np.random.default_rng([seed, epoch])
 
         def make(chosen: list) -> tuple[Tensor, ...]:
@@ -241,18 +301,17 @@ class Batched:
 
 @dataclass
 class Dataset(Batched):
-    """One task, ready for a model of `size` x `size` input. `final` is the split the protocol's last runs train on."""
+    """One task, ready for a model that takes size x size pixels."""
 
     task: str
     classes: list[str]
     size: int
     augment: bool  # random crop and flip while training
-    final: str  # "train" (FGVC) or "trainval" (VTAB-1K)
+    final: str  # what the protocol's last runs train on: "train" (FGVC) or "trainval" (VTAB-1K)
     splits: dict[str, Split] = field(repr=False)  # train, val, test
-    rule: Rule | None = None  # how image files were resized, if they were
-    listing: dict[str, dict[str, str]] | None = field(
-        default=None, repr=False
-    )  # split -> file -> class, if made here
+    resize: Side | None = None  # how image files were resized, if they were
+    # split -> file -> class, if the split was made here
+    listing: dict[str, dict[str, str]] | None = field(default=None, repr=False)
 
     text: ClassVar[Literal[False]] = False
     unit: ClassVar = "images"
@@ -260,89 +319,81 @@ class Dataset(Batched):
     @property
     def metadata(self) -> dict:
         """What a trained model must know of its data to be used without them."""
-        return {"classes": self.classes, "rule": self.rule}
+        return {"classes": self.classes, "rule": self.resize}
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """A short digest of the classes, and of each split's names, labels and pixels."""
+        classes = hashlib.sha256(json.dumps(self.classes).encode()).hexdigest()
+        digests = {"classes": classes} | {name: part.digest for name, part in self.splits.items()}
+        return {name: digest[:16] for name, digest in digests.items()}
 
     def examples(self, split: str, fraction: float = 1.0) -> list[tuple[Split, int]]:
-        """A split's images as (where it lies, its number there); `trainval` is train and val together.
+        """A split's images as (split, number in it); `trainval` is train and val together.
 
-        fraction: only that share of them, the same for every seed, stratified; a smaller share is part of a larger one.
+        fraction: only that share of them, stratified, the same for every seed. A smaller share is
+        part of a larger one.
         """
         names = ("train", "val") if split == "trainval" else (split,)
         images = [(self.splits[name], i) for name in names for i in range(len(self.splits[name]))]
         if fraction == 1:
             return images
-        labels = np.array([part.index[i, 3] for part, i in images])
+        labels = np.array([part.labels[i] for part, i in images])
         return [images[i] for i in stratified(labels, seed=0)[: round(fraction * len(images))]]
 
-    def order(self, images: list, batch: int, rng: np.random.Generator | None) -> list[list]:
+    def order(self, images: list, batch: int, rng: Random) -> list[list]:
         """Shuffled if there is an rng. The last batch may be smaller."""
-        chosen = images if rng is None else [images[i] for i in rng.permutation(len(images))]
-        return [chosen[start : start + batch] for start in range(0, len(chosen), batch)]
+        if rng is not None:
+            images = [images[i] for i in rng.permutation(len(images))]
+        return [images[start : start + batch] for start in range(0, len(images), batch)]
 
-    def gather(self, images: list, rng: np.random.Generator | None) -> tuple[Tensor, ...]:
-        """Images (B, size, size, 3) uint8 and labels (B,) int64; with an rng augmented, without it centre crops."""
-        return gather(images, self.size, rng if self.augment else None)
+    def gather(self, images: list[tuple[Split, int]], rng: Random) -> tuple[Tensor, Tensor]:
+        """One batch. rng decides random crops and flips; without it, the centre is cut out."""
+        pixels = np.empty((len(images), self.size, self.size, 3), np.uint8)  # (B, size, size, 3)
+        # one image after another: in this order the random numbers are drawn
+        for out, (part, i) in zip(pixels, images, strict=True):
+            crop(part.image(i), self.size, out, rng if self.augment else None)
+        labels = np.array([part.labels[i] for part, i in images])  # (B,)
+        for part in self.splits.values():
+            release(part.mapping)
+        return torch.from_numpy(pixels), torch.from_numpy(labels)
 
 
-def prefetch(make: Callable, items: Iterable) -> Iterator:
-    """make(item) for every item, the next one in a thread while the caller uses this one."""
-    with ThreadPoolExecutor(1) as pool:
+def prefetch(make: Callable, items: Iterable, threads: int = 1) -> Iterator:
+    """make(item) for every item, in order; threads make the next ones while the caller uses one."""
+    with ThreadPoolExecutor(threads) as pool:
         coming: deque[Future] = deque()
         for item in items:
             coming.append(pool.submit(make, item))
-            if len(coming) == 2:
+            if len(coming) > threads:
                 yield coming.popleft().result()
         while coming:
             yield coming.popleft().result()
 
 
-def gather(
-    images: list[tuple[Split, int]], size: int, rng: np.random.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """One batch: pixels (B, size, size, 3) uint8 and labels (B,) int64. rng decides random crops and flips."""
-    pixels = np.empty((len(images), size, size, 3), np.uint8)  # (B, size, size, 3)
-    parts = {id(part): part for part, _ in images}.values()
-    if rng is None and all(
-        part.stack is not None and part.stack.shape[1:3] == (size, size) for part in parts
-    ):
-        for part in parts:  # nothing to cut: all of a part's images at once
-            rows = [row for row, (other, _) in enumerate(images) if other is part]
-            chosen = [images[row][1] for row in rows]
-            for i in chosen:
-                part.image(i)  # compares it with its checksum
-            pixels[rows] = part.stack[chosen]  # type: ignore[index]
-    else:
-        for out, (part, i) in zip(pixels, images, strict=True):
-            crop(part.image(i), size, out, rng)
-    labels = np.array([part.index[i, 3] for part, i in images])  # (B,)
-    for part in parts:
-        part.release()
-    return torch.from_numpy(pixels), torch.from_numpy(labels)
+def crop(image: np.ndarray, size: int, out: np.ndarray, rng: Random) -> None:
+    """Copy a size x size window of image (h, w, 3) into out.
 
-
-def crop(image: np.ndarray, size: int, out: np.ndarray, rng: np.random.Generator | None) -> None:
-    """Copy a size x size window of image (h, w, 3) into out: at random and flipped half the time, or the centre."""
+    rng: at a random place, and flipped half the time. Without it: the centre.
+    """
     spare = np.array(image.shape[:2]) - size
     if rng is None:
         top, left = np.round(spare / 2).astype(int)  # torchvision's CenterCrop rounds so
         out[:] = image[top : top + size, left : left + size]
-    else:
-        top, left = rng.integers(0, spare + 1)
-        window, step = image[top : top + size, left : left + size], rng.choice((1, -1))
-        for colour in range(
-            3
-        ):  # NumPy mirrors a plane at a time six times as fast as three planes at once
-            out[..., colour] = window[:, ::step, colour]
+        return
+    top, left = rng.integers(0, spare + 1)
+    window, step = image[top : top + size, left : left + size], rng.choice((1, -1))
+    # NumPy mirrors one plane at a time six times as fast as three planes at once
+    for colour in range(3):
+        out[..., colour] = window[:, ::step, colour]
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """(B, size, size, 3) uint8 -> (B, 3, size, size) float32, as torchvision's ToTensor and Normalize do."""
-    mean, std = pixels.new_tensor([IMAGENET_MEAN, IMAGENET_STD], dtype=torch.float32).view(
-        2, 3, 1, 1
-    )
-    return (
-        pixels.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
-    )  # in place: half the time on a CPU
+    """(B, size, size, 3) uint8 -> (B, 3, size, size) float, as torchvision does it."""
+    both = pixels.new_tensor([IMAGENET_MEAN, IMAGENET_STD], dtype=torch.float32)
+    mean, std = both.view(2, 3, 1, 1)
+    # in place: half the time on a CPU
+    return pixels.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
 
 
 def stratified(labels: np.ndarray, seed: int) -> np.ndarray:

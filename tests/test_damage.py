@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_pixels import many, picture
+from test_images import many, picture
 
 import data as data_module
 from data import ASSETS, Dataset, UsageError, load

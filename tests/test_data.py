@@ -1,4 +1,4 @@
-"""data.py, benchmarks.py and pixels.py: from archives on a server to the pixels that a model sees."""
+"""data.py and benchmarks.py: from archives on a server to the pixels that a model sees."""
 
 import hashlib
 import io
@@ -68,7 +68,7 @@ KEYS = {  # how an image of class c is called in VPT's splits and in the archive
 
 
 def publish_fgvc(task: str, folder: Path, url: str, patch) -> None:
-    """Three classes, with 4 + 1 + 2 images each, in the real layout of archive and split files; val lacks class 2."""
+    """Three classes of 4 + 1 + 2 images in the layout of the real archive; val lacks class 2."""
     key, class_id, top = KEYS[task]
     source = benchmarks.FGVC[task]
     parts = {"train": range(4), "val": range(4, 5), "test": range(5, 7)}
@@ -93,7 +93,7 @@ def publish_fgvc(task: str, folder: Path, url: str, patch) -> None:
 
 
 def publish_vtab(tasks: list[str], folder: Path, url: str, patch) -> None:
-    """The usual archive with some of its tasks: lists of `path label`, and a copy of the pictures for every list."""
+    """The usual archive with some of its tasks: lists of `path label`, and the images of each."""
     with zipfile.ZipFile(folder / "vtab-1k.zip", "w") as archive:
         for task in tasks:
             lists = {

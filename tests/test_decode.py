@@ -1,4 +1,4 @@
-"""decode.py: the texts of transformers' `generate`, and a cache that computes what a plain forward pass does."""
+"""gpt.py writes the texts of transformers' `generate`; its cache computes a plain forward pass."""
 
 import random
 
@@ -22,7 +22,7 @@ def until_eos(text):
 def transformers_texts(
     source, prompts, prefix=None, one_by_one=False, banned=(), beams=1, max_new=16, **options
 ):
-    """What transformers' generate writes: prompts of one batch padded at the left, or one by one."""
+    """What transformers' generate writes: prompts padded at the left, or one by one."""
     if one_by_one:
         return [
             transformers_texts(source, [p], prefix, False, banned, beams, max_new, **options)[0]
@@ -50,7 +50,7 @@ def transformers_texts(
 
 @pytest.fixture(scope="module")
 def double_pair():
-    """In fp64 no near tie is decided by the order of sums, so texts must be equal; eos is likelier than most tokens."""
+    """In fp64 no order of sums decides a near tie: texts must be equal. eos is a likely token."""
     source = random_gpt2(noise=0.45, seed=2, n_layer=2)
     source.transformer.wte.weight.data[EOS] *= 3
     source.double()

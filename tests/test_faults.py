@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from processes import Started
-from test_pixels import many
+from test_images import many
 
 from data import load
 from support.files import exit_code
@@ -249,6 +249,7 @@ def test_ctrl_c_that_an_import_turns_into_an_error_of_its_own_still_ends_in_the_
 def test_ctrl_c_while_images_are_decoded_ends_in_a_sentence_and_leaves_nothing(tmp_path):
     (tmp_path / "mine").mkdir()
     many(tmp_path / "mine" / "a", 300)
+    many(tmp_path / "mine" / "b", 3)
     process = Started("data", tmp_path / "mine", "--data-dir", tmp_path / "data")
     while not list(tmp_path.rglob("*.part")) and process.runs(0.002):
         pass

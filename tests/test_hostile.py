@@ -1,4 +1,4 @@
-"""What somebody else made to do harm is refused in one sentence, and nothing of it is run, unpacked or followed."""
+"""What somebody made to do harm is refused in one sentence: it is not run, unpacked or followed."""
 
 import io
 import json
@@ -220,7 +220,7 @@ def test_a_pickle_in_the_place_of_a_checkpoint_or_an_asset_is_refused_and_not_ru
     ):
         np.savez(tmp_path / "digits.npz", images=content, labels=content)
         assert train.main(["--out", str(tmp_path / "other")]) == 2
-        assert "digits.npz is damaged" in capsys.readouterr().err
+        assert "digits.npz is missing or damaged" in capsys.readouterr().err
     assert not ran.exists()
 
 
@@ -287,9 +287,10 @@ def test_a_run_of_another_version_or_with_facts_that_are_none_is_one_sentence(tm
 
 
 def own(folder: Path, count: int = 12) -> Path:
-    (folder / "a").mkdir(parents=True)
-    for i in range(count):
-        Image.new("RGB", (20, 20), (i, 0, 0)).save(folder / "a" / f"{i}.png")
+    for name in "ab":
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (20, 20), (i, 0, 0)).save(folder / name / f"{i}.png")
     return folder
 
 
@@ -313,8 +314,6 @@ def test_a_split_with_an_image_in_two_parts_or_under_another_class_is_refused(tm
     folder = own(tmp_path / "mine")
     listing = load(str(folder), tmp_path / "data", 16).listing
     image = next(iter(listing["train"]))
-    (tmp_path / "mine" / "b").mkdir()
-    Image.new("RGB", (20, 20)).save(tmp_path / "mine" / "b" / "0.png")
     for change, reason in (
         ({"test": {image: "a"}}, "an image is in two splits"),
         ({"train": {image: "b"}}, "not in the folder"),
@@ -324,9 +323,6 @@ def test_a_split_with_an_image_in_two_parts_or_under_another_class_is_refused(tm
         (folder / "split.json").write_text(json.dumps(listing | change))
         with pytest.raises(UsageError, match=reason):
             load(str(folder), tmp_path / "data", 16)
-    (folder / "split.json").write_text(json.dumps(listing).replace('"val"', '"train"', 1))
-    with pytest.raises(UsageError, match="a name stands twice"):
-        load(str(folder), tmp_path / "data", 16)
 
 
 def test_a_list_of_vtab_that_leads_out_of_its_folder_or_has_changed_is_refused(tmp_path):
@@ -360,7 +356,7 @@ def test_a_task_with_path_separators_is_no_task_and_leads_nowhere(
     assert "/" not in title(name)
     assert title(name) != ".."
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["here"]
-    assert [path.name for path in Path().iterdir()] == ["a"]
+    assert sorted(path.name for path in Path().iterdir()) == ["a", "b"]
 
 
 def test_a_folder_beside_or_above_this_one_gets_its_results_in_out_and_nowhere_else(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from test_pixels import many
+from test_images import many
 
 import train as train_module
 from data import UsageError

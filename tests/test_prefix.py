@@ -1,11 +1,11 @@
-"""prefix.py: the four ways to make keys and values equal their formulas, written out here with plain loops."""
+"""prefix.py: every cell of its table of maps equals its formula, written out as plain loops."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from prefix import SHARE, Prefix
-from vit import ViT
+from vit import ViT, attention
 
 H, D, L = 2, 16, 5
 
@@ -15,28 +15,34 @@ def heads(vectors):
     return torch.stack([vectors[:, h * D // H : (h + 1) * D // H] for h in range(H)])
 
 
+def mapped(kind, vector, prefix, vit, layer):
+    """(key, value), each (D,), that the map `kind` of a layer makes of one vector."""
+    if kind == "identity":
+        return vector, vector
+    if kind == "simple":
+        block = vit.blocks[layer]
+        normed = F.layer_norm(vector, (D,), block.norm1.weight, block.norm1.bias, 1e-6)
+        _, key, value = (block.attn.qkv.weight @ normed + block.attn.qkv.bias).split(D)
+        return key, value
+    linear = prefix.map[0]
+    hidden = torch.tanh(vector @ linear.weight[layer] + linear.bias[layer, 0])
+    if kind == "linear":
+        return hidden[:D], hidden[D:]
+    last = prefix.map[2]
+    both = hidden @ last.weight[layer] + last.bias[layer, 0]
+    return both[:D], both[D:]
+
+
 def reference(prefix, vit, layer):
-    """Keys and values of one layer by the table of formulas in the paper, one prefix vector at a time."""
-    block, p = vit.blocks[layer], prefix.p[layer]
+    """Keys and values of one layer by the table in prefix.py, one prefix vector at a time."""
     keys, values = [], []
-    for vector in p:
-        if prefix.share == "none":
-            key, value = vector[:D], vector[D:]
-        elif prefix.share == "simple":
-            normed = F.layer_norm(vector, (D,), block.norm1.weight, block.norm1.bias, 1e-6)
-            key = block.attn.qkv.weight[D : 2 * D] @ normed + block.attn.qkv.bias[D : 2 * D]
-            value = block.attn.qkv.weight[2 * D :] @ normed + block.attn.qkv.bias[2 * D :]
-        elif prefix.share == "linear":
-            linear = prefix.map[0]
-            both = torch.tanh(vector @ linear.weight[layer] + linear.bias[layer, 0])
-            key, value = both[:D], both[D:]
-        else:
-            first, _, second = prefix.map
-            hidden = torch.tanh(vector @ first.weight[layer] + first.bias[layer, 0])
-            both = hidden @ second.weight[layer] + second.bias[layer, 0]
-            key, value = both[:D], both[D:]
-        keys.append(key)
-        values.append(value)
+    for p in prefix.p[layer]:
+        kind, _, separate = prefix.share.partition("-")
+        if kind == "none":
+            kind, separate = "identity", True
+        first, second = (p[:D], p[D:]) if separate else (p, p)
+        keys.append(mapped(kind, first, prefix, vit, layer)[0])
+        values.append(mapped(kind, second, prefix, vit, layer)[1])
     return heads(torch.stack(keys)), heads(torch.stack(values))
 
 
@@ -50,9 +56,71 @@ def test_keys_and_values_equal_the_formula_of_their_share(share, shallow, small_
         expected_keys, expected_values = reference(prefix, small_vit, layer)
         torch.testing.assert_close(keys, expected_keys, atol=1e-5, rtol=0)
         torch.testing.assert_close(values, expected_values, atol=1e-5, rtol=0)
-        assert not torch.allclose(
-            keys, expected_values, atol=1e-3
-        )  # keys and values must not be the same thing
+        same = torch.allclose(keys, expected_values, atol=1e-3)
+        assert same == (share == "identity")  # elsewhere keys and values are not the same thing
+
+
+@pytest.mark.parametrize("kind", ["simple", "linear", "deep"])
+@pytest.mark.parametrize("per_layer", [True, False])
+def test_a_separate_prefix_whose_two_vectors_are_equal_is_the_shared_one(
+    kind, per_layer, small_vit
+):
+    shared, separate = (
+        Prefix(3, H, D, L, share, per_layer=per_layer) for share in (kind, f"{kind}-separate")
+    )
+    separate.load_state_dict(shared.state_dict() | {"p": torch.cat([shared.p, shared.p], dim=-1)})
+    torch.testing.assert_close(separate(small_vit), shared(small_vit), atol=0, rtol=0)
+    separate.p.data[..., D:] += torch.randn(L, D)
+    changed, before = separate(small_vit), shared(small_vit)  # (3, 2, H, L, Dh)
+    torch.testing.assert_close(changed[:, 0], before[:, 0], atol=0, rtol=0)
+    assert not torch.allclose(changed[:, 1], before[:, 1], atol=1e-3)
+
+
+def test_identity_is_no_share_with_one_vector_for_key_and_value(small_vit):
+    for per_layer in (True, False):
+        one, two = (
+            Prefix(3, H, D, L, share, per_layer=per_layer) for share in ("identity", "none")
+        )
+        both = one.p.unflatten(-1, (-1, 1, D)).expand(-1, -1, -1, 2, -1)  # (G, L, layers, 2, D)
+        two.load_state_dict({"p": both.flatten(2)})
+        torch.testing.assert_close(one(small_vit), two(small_vit), atol=0, rtol=0)
+
+
+def test_random_numbers_are_drawn_in_one_order_and_dropout_falls_on_one_layout(small_vit):
+    """A change of either would move every published number: seed, p, map, then a mask per step."""
+    torch.manual_seed(5)
+    prefix = Prefix(3, H, D, L, "deep", hidden=7, init_scale=0.3)
+    torch.manual_seed(5)
+    p = torch.empty(3, L, D).uniform_(-0.3, 0.3)
+    A1, a1 = (torch.empty(3, n, 7).uniform_(-(D**-0.5), D**-0.5) for n in (D, 1))
+    A2, a2 = (torch.empty(3, n, 2 * D).uniform_(-(7**-0.5), 7**-0.5) for n in (7, 1))
+    kv = torch.tanh(p @ A1 + a1) @ A2 + a2  # (3, L, 2 * D)
+    kv = kv.view(3, L, 1, 2, H, D // H).permute(0, 2, 3, 4, 1, 5).flatten(0, 1)
+    assert torch.equal(prefix.eval()(small_vit), kv)
+    torch.manual_seed(6)
+    dropped = prefix.train()(small_vit, batch=4)
+    torch.manual_seed(6)
+    assert torch.equal(
+        dropped, F.dropout(kv.unsqueeze(2).expand(-1, -1, 4, -1, -1, -1), prefix.dropout)
+    )
+    assert not torch.equal(dropped, prefix(small_vit, batch=4))
+
+
+def test_a_prefix_keeps_the_ratios_among_tokens_and_adds_one_vector(small_vit):
+    """Petrov et al. (arXiv 2310.19698): all that a prefix can do in the first layer."""
+    x, attn = torch.randn(2, 5, D), small_vit.blocks[0].attn
+    prefix = Prefix(3, H, D, L, init_scale=1.0)(small_vit)[0]  # (2, H, L, Dh)
+    q, k, v = attn.heads(attn.qkv(x))  # 3 x (B, H, N, Dh)
+    plain, tuned = [], []
+    before = attention(q, k, v, attn_weights=plain)  # (B, H, N, Dh)
+    prefix_k, prefix_v = prefix.unsqueeze(1).expand(-1, 2, -1, -1, -1)  # 2 x (B, H, L, Dh)
+    both_k, both_v = torch.cat([prefix_k, k], dim=2), torch.cat([prefix_v, v], dim=2)
+    after = attention(q, both_k, both_v, attn_weights=tuned)
+    to_prefix, to_tokens = tuned[0].split([L, 5], dim=-1)  # (B, H, N, L), (B, H, N, N)
+    left = 1 - to_prefix.sum(-1, keepdim=True)  # (B, H, N, 1)
+    torch.testing.assert_close(to_tokens, left * plain[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(after, left * before + to_prefix @ prefix_v, atol=1e-5, rtol=0)
+    assert left.mean() < 0.9  # the prefix is not idle
 
 
 def test_the_language_form_makes_all_layers_from_one_table_and_one_mlp(small_vit):
@@ -72,7 +140,16 @@ def test_the_language_form_makes_all_layers_from_one_table_and_one_mlp(small_vit
 
 @pytest.mark.parametrize(
     ("share", "total"),
-    [("none", 338_120), ("simple", 245_960), ("linear", 14_420_168), ("deep", 1_592_072)],
+    [
+        ("none", 338_120),
+        ("simple", 245_960),
+        ("linear", 14_420_168),
+        ("deep", 1_592_072),
+        ("identity", 245_960),
+        ("simple-separate", 338_120),
+        ("linear-separate", 14_512_328),
+        ("deep-separate", 1_684_232),
+    ],
 )
 def test_parameter_counts_are_the_paper_s(share, total):
     prefix, head = Prefix(12, 12, 768, 10, share), torch.nn.Linear(768, 200)
@@ -91,7 +168,10 @@ def test_parameter_counts_follow_their_formulas_in_every_placement():
             "simple": depth * length * d,
             "linear": depth * (length * d + d * 2 * d + 2 * d),
             "deep": depth * (length * d + d * m + m + m * 2 * d + 2 * d),
+            "identity": depth * length * d,
         }
+        for kind in ("simple", "linear", "deep"):  # one vector more for every l and layer
+            expected[f"{kind}-separate"] = expected[kind] + depth * length * d
         for share in SHARE:
             assert (
                 count(Prefix(n, 2, d, length, share, hidden=m, shallow=shallow)) == expected[share]
@@ -120,7 +200,7 @@ def test_initialisation_is_the_official_one():
     assert made.std().item() == pytest.approx(0.086, rel=0.1)
 
 
-@pytest.mark.parametrize("share", ["none", "linear", "deep"])
+@pytest.mark.parametrize("share", [share for share in SHARE if not share.startswith("simple")])
 def test_dropout_gives_every_sample_key_and_value_a_mask_of_its_own(share, small_vit):
     prefix = Prefix(3, H, D, 50, share, init_scale=1.0)
     clean, dropped = prefix(small_vit), prefix(small_vit, batch=8)

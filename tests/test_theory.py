@@ -82,13 +82,13 @@ def test_the_model_is_an_attention_head_of_vit_py_with_a_prefix(world):
     prefix[0, 0, :, :3] = torch.cat([key @ world.B.T, b], 1)
     prefix[1, 0, :, :2] = value @ world.C.T
     gates = []  # asks for the attention that is written out
-    out = head(torch.stack(tokens, 1), prefix, n_query=1, attn_weights=gates)[:, 0, :2]  # (M, 2)
+    out = head(torch.stack(tokens, 1), prefix, attn_weights=gates)[:, 0, :2]  # (M, 2)
     f, gate = attention(world, fitted[None])
     torch.testing.assert_close(f[0].T, out, atol=1e-12, rtol=0)
     torch.testing.assert_close(gate[0].T, gates[0][:, 0, 0, :3], atol=1e-12, rtol=0)
     prefix[0, 0, :, 2] = 0  # without b
     assert not torch.allclose(
-        f[0].T, head(torch.stack(tokens, 1), prefix, n_query=1)[:, 0, :2], atol=1e-3
+        f[0].T, head(torch.stack(tokens, 1), prefix)[:, 0, :2], atol=1e-3
     )
 
 

@@ -1,21 +1,26 @@
-"""vit.py: equal to timm on the same weights, and to the mixture-of-experts formula where a prefix enters."""
+"""vit.py: equal to timm on the same weights, and to the mixture of experts with a prefix."""
 
 import json
 import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from extras.measure import kept_for_backward
 from prefix import Prefix
-from vit import Attention, ViT, fused_attention, written_attention
+from vit import Attention, Block, ViT, attention
 
 
 def mixture_of_experts(q, k, v, prefix_k, prefix_v):
-    """The paper's formula for one head, as loops: every query mixes L constant experts and N token experts."""
+    """The paper's formula for one head, as loops: a query mixes L constant and N token experts."""
     out = torch.zeros_like(q)
     for i in range(len(q)):
         experts = [*prefix_v, *v]
@@ -25,7 +30,12 @@ def mixture_of_experts(q, k, v, prefix_k, prefix_v):
     return out
 
 
-@pytest.mark.parametrize("form", [written_attention, fused_attention])
+def written(q, k, v, mask=None):
+    """The form that is written out; it runs wherever its weights are wanted."""
+    return attention(q, k, v, mask, attn_weights=[])
+
+
+@pytest.mark.parametrize("form", [written, attention])
 def test_both_forms_of_attention_mix_token_experts_and_prefix_experts(form):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 5, 8)  # 3 x (N, Dh)
@@ -43,7 +53,7 @@ def test_both_forms_of_attention_mix_token_experts_and_prefix_experts(form):
 def test_an_expert_that_is_masked_is_an_expert_that_is_absent():
     q, k, v = torch.randn(3, 2, 1, 5, 8)  # 3 x (B, H, N, Dh)
     mask = torch.tensor([True, True, False, True, False]).expand(5, 5)
-    for form in (written_attention, fused_attention):
+    for form in (written, attention):
         torch.testing.assert_close(form(q, k, v, mask), form(q, k[:, :, mask[0]], v[:, :, mask[0]]))
         assert not torch.allclose(form(q, k, v, mask), form(q, k, v), atol=1e-3)
 
@@ -64,10 +74,10 @@ def test_gates_are_shown_when_asked_for_sum_to_one_and_change_nothing(small_vit)
 
 
 def test_a_prefix_enters_the_attention_layer_as_experts_of_every_head(small_vit):
-    attention, x = small_vit.blocks[0].attn, torch.randn(2, 5, 16)
+    attn, x = small_vit.blocks[0].attn, torch.randn(2, 5, 16)
     prefix = torch.randn(2, 2, 3, 8)  # (key or value, H, L, Dh)
-    out = attention(x, prefix, n_query=5)
-    q, k, v = (x @ attention.qkv.weight.T + attention.qkv.bias).split(16, dim=-1)  # 3 x (B, N, D)
+    out = attn(x, prefix)
+    q, k, v = (x @ attn.qkv.weight.T + attn.qkv.bias).split(16, dim=-1)  # 3 x (B, N, D)
     for b in range(2):
         by_head = [
             mixture_of_experts(
@@ -75,9 +85,7 @@ def test_a_prefix_enters_the_attention_layer_as_experts_of_every_head(small_vit)
             )
             for h in range(2)
         ]
-        expected = (
-            torch.cat(by_head, dim=-1) @ attention.proj.weight.T + attention.proj.bias
-        )  # (N, D)
+        expected = torch.cat(by_head, dim=-1) @ attn.proj.weight.T + attn.proj.bias  # (N, D)
         torch.testing.assert_close(out[b], expected, atol=1e-5, rtol=0)
 
 
@@ -93,50 +101,103 @@ def random_timm(name, **options):
 @pytest.mark.parametrize(
     "name", ["vit_base_patch16_224.orig_in21k", "vit_tiny_patch16_384", "vit_small_patch32_224"]
 )
-def test_outputs_equal_timm_s_with_and_without_the_cls_only_last_block(name, monkeypatch):
+def test_outputs_equal_timm_s(name):
     source = random_timm(name)
-    monkeypatch.setattr(timm, "create_model", lambda *_, **__: source)
-    vit = ViT.from_timm(name, pretrained=False)
+    vit = ViT.from_timm(source, name)
     images = torch.randn(1, 3, vit.image_size, vit.image_size)
     with torch.no_grad():
-        theirs = source.forward_features(images)  # (B, N, D)
-        torch.testing.assert_close(vit.tokens(images), theirs, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(vit(images), theirs[:, 0], atol=1e-5, rtol=1e-5)
+        theirs = source(images)  # (B, D)
+        torch.testing.assert_close(vit(images), theirs, atol=1e-5, rtol=1e-5)
         vit.blocks[-1].mlp.fc2.bias[0] += 1.0
-        assert not torch.allclose(vit(images), theirs[:, 0], atol=1e-3)
+        assert not torch.allclose(vit(images), theirs, atol=1e-3)
+
+
+def prompts_as_tokens(source, images, prompts, keep=False):
+    """VPT: timm's ViT with prompts (layers, B or 1, L, D) between CLS and patches -> (B, D).
+
+    VPT-deep throws their outputs away after every layer; with `keep` (VPT-shallow) they go on.
+    """
+    x = source.patch_embed(images)
+    x = torch.cat([source.cls_token.expand(len(x), -1, -1), x], dim=1) + source.pos_embed
+    for i, block in enumerate(source.blocks):
+        count = prompts.shape[2] if i < len(prompts) else 0
+        if count:
+            x = torch.cat([x[:, :1], prompts[i].expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        x = block(x)
+        if not keep:
+            x = torch.cat([x[:, :1], x[:, 1 + count :]], dim=1)
+    return source.norm(x)[:, 0]
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "vit_tiny_patch16_384", "vit_small_patch32_224"]
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_simple_share_is_vpt_deep(name, dropout, monkeypatch):
+    source = random_timm(name).requires_grad_(False)
+    vit, B, L = ViT.from_timm(source, name).requires_grad_(False), 2, 5
+    prefix = Prefix(vit.n_layer, vit.n_head, vit.dim, L, "simple", init_scale=1.0, dropout=dropout)
+    images = torch.randn(B, 3, vit.image_size, vit.image_size)
+
+    def outputs_and_gradient(form):
+        torch.manual_seed(3)  # one mask per sample, on the prompt, in both forms
+        out = form()
+        return out, torch.autograd.grad(out.square().sum(), prefix.p)[0]
+
+    def as_tokens():
+        prompts = F.dropout(prefix.p.unsqueeze(1).expand(-1, B, -1, -1), dropout)
+        return prompts_as_tokens(source, images, prompts)
+
+    theirs, their_gradient = outputs_and_gradient(as_tokens)
+    ours, gradient = outputs_and_gradient(lambda: vit(images, prefix(vit, B)))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(gradient, their_gradient, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(ours, vit(images), atol=1e-3)  # the prompts are heard
+    monkeypatch.setattr(Block, "keys_values", lambda self, x: self.attn.keys_values(x))
+    assert not torch.allclose(vit(images, prefix(vit, B)), theirs, atol=1e-3)  # without LayerNorm
+
+
+def test_vpt_shallow_is_no_prefix_for_its_prompts_live_on():
+    source = random_timm("vit_tiny_patch16_224").requires_grad_(False)
+    vit, images = ViT.from_timm(source, "vit_tiny_patch16_224"), torch.randn(2, 3, 224, 224)
+    prefix = Prefix(12, 3, 192, 5, "simple", shallow=True, init_scale=1.0)
+    prompts = prefix.p.unsqueeze(1)  # (1, 1, L, D)
+    ours = vit(images, prefix(vit))
+    assert not torch.allclose(prompts_as_tokens(source, images, prompts, True), ours, atol=1e-3)
+    thrown_away = prompts_as_tokens(source, images, prompts)  # after the first layer
+    torch.testing.assert_close(thrown_away, ours, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
-        ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}, "no class token"),
+        ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}, "not CLS"),
+        ("vit_tiny_patch16_224", {"class_token": False, "global_pool": ""}, "no class token"),
         ("vit_tiny_patch16_224", {"init_values": 1e-5}, "layer scale"),
         ("vit_tiny_patch16_224", {"global_pool": "map"}, "pooling head"),
-        ("vit_tiny_patch16_224", {"global_pool": "avg"}, "pooling head"),
+        ("vit_tiny_patch16_224", {"global_pool": "avg"}, "reads the mean"),
         ("vit_tiny_patch16_224", {"reg_tokens": 4}, "register tokens"),
-        ("vit_tiny_patch16_224", {"pre_norm": True}, "other parts"),
-        ("vit_tiny_patch16_224", {"qk_norm": True}, "other parts"),
+        ("vit_tiny_patch16_224", {"pre_norm": True}, "a norm before the blocks"),
+        ("vit_tiny_patch16_224", {"qk_norm": True}, "norms of queries and keys"),
         ("vit_tiny_patch16_224", {"act_layer": "quick_gelu"}, "GELU"),
+        ("vit_tiny_patch16_224", {"no_embed_class": True}, "pos_embed"),
+        ("vit_tiny_patch16_224", {"qkv_bias": False}, "qkv.bias"),
         ("deit_tiny_distilled_patch16_224", {}, "distillation token"),
         ("resnet18", {}, "is a ResNet"),
     ],
 )
-def test_a_model_that_is_not_a_plain_vit_is_refused_in_one_sentence(
-    name, options, reason, monkeypatch
-):
+def test_a_model_that_is_not_a_plain_vit_is_refused_in_one_sentence(name, options, reason):
     source = timm.create_model(name, num_classes=0, **options)
-    monkeypatch.setattr(timm, "create_model", lambda *_, **__: source)
     with pytest.raises(ValueError, match=reason) as error:
-        ViT.from_timm(name, pretrained=False)
+        ViT.from_timm(source, name)
     assert "\n" not in str(error.value)
 
 
-def test_a_model_with_the_same_weights_but_other_arithmetic_is_refused(monkeypatch):
+def test_a_model_with_the_same_weights_but_other_arithmetic_is_refused():
     source = random_timm("vit_tiny_patch16_224")
     source.norm.eps = 1.0  # no weight tells of it; only the outputs do
-    monkeypatch.setattr(timm, "create_model", lambda *_, **__: source)
-    with pytest.raises(ValueError, match="something else"):
-        ViT.from_timm("vit_tiny_patch16_224", pretrained=False)
+    with pytest.raises(ValueError, match="outputs differ"):
+        ViT.from_timm(source, "vit_tiny_patch16_224")
 
 
 def flax_checkpoint(path, dim=192, n_layer=12, n_head=3, patch=16, image=224):
@@ -184,15 +245,24 @@ def test_the_original_checkpoint_loads_as_timm_loads_it(tmp_path):
     flax_checkpoint(path)
     source = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
     source.load_pretrained(str(path))
-    vit, images = ViT.from_npz(path), torch.randn(2, 3, 224, 224)
+    vit, images = ViT.load(str(path)), torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(vit(images), source(images), atol=1e-5, rtol=1e-5)
         assert vit(images).std() > 0.01
 
 
+def blocks_one_by_one(vit, images, *layers):
+    """All tokens after the final norm (B, N, D); `layers` are the blocks' prefixes."""
+    x = vit.patch_embed(images)
+    x = torch.cat([vit.cls_token.expand(len(x), -1, -1), x], dim=1) + vit.pos_embed
+    for block, prefix in zip(vit.blocks, layers, strict=True):
+        x = block(x, prefix)
+    return vit.norm(x)
+
+
 def test_the_cls_only_last_block_changes_nothing_with_a_prefix(small_vit):
     images, prefix = torch.randn(4, 3, 16, 16), torch.randn(3, 2, 2, 6, 8)
-    whole = small_vit.tokens(images, prefix)[:, 0]
+    whole = blocks_one_by_one(small_vit, images, *prefix)[:, 0]
     torch.testing.assert_close(small_vit(images, prefix), whole, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(small_vit(images), whole, atol=1e-3)
 
@@ -208,10 +278,7 @@ def test_a_prefix_per_sample_equals_each_sample_alone_with_its_prefix(small_vit)
 
 def test_a_shallow_prefix_is_a_prefix_of_the_first_layer_alone(small_vit):
     images, prefix = torch.randn(2, 3, 16, 16), torch.randn(3, 2, 2, 6, 8)
-    x = small_vit.patch_embed(images)
-    x = torch.cat([small_vit.cls_token.expand(2, -1, -1), x], dim=1) + small_vit.pos_embed
-    x = small_vit.blocks[2](small_vit.blocks[1](small_vit.blocks[0](x, prefix[0])))
-    expected = small_vit.norm(x)[:, 0]
+    expected = blocks_one_by_one(small_vit, images, prefix[0], None, None)[:, 0]
     torch.testing.assert_close(small_vit(images, prefix[:1]), expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(small_vit(images, prefix), expected, atol=1e-3)
 
@@ -220,7 +287,8 @@ def test_simple_share_treats_its_vectors_as_the_layer_treats_tokens(small_vit):
     prefix = Prefix(3, 2, 16, 4, "simple").eval()
     keys, values = prefix(small_vit)[1]  # of the second layer
     block = small_vit.blocks[1]
-    _, k, v = block.attn.heads(block.norm1(prefix.p[1:2]), slice(0, 3))  # as if p were tokens
+    tokens = block.norm1(prefix.p[1:2])  # (1, L, D): as if p were tokens
+    _, k, v = block.attn.heads(block.attn.qkv(tokens))
     torch.testing.assert_close(keys, k[0])
     torch.testing.assert_close(values, v[0])
 
@@ -233,14 +301,14 @@ def test_a_saved_vit_loads_as_it_was_and_a_damaged_file_is_refused(small_vit, tm
     with pytest.raises(ValueError, match="damaged"):
         ViT.from_file(path)
     save_file(small_vit.state_dict(), path, {"vit": json.dumps(small_vit.sizes | {"dim": 32})})
-    with pytest.raises(ValueError, match="another shape"):
+    with pytest.raises(ValueError, match="size mismatch"):
         ViT.from_file(path)
     save_file(small_vit.state_dict(), path)
     with pytest.raises(ValueError, match="no ViT"):
         ViT.from_file(path)
 
 
-def test_attention_keeps_queries_keys_values_and_output_for_backward_and_not_the_product_they_come_from():
+def test_attention_keeps_q_k_v_and_output_for_backward_and_not_the_product_they_come_from():
     B, N, L, D, H = 2, 5, 3, 64, 2
     attention = Attention(D, H).requires_grad_(False)
     x, prefix = (
@@ -250,3 +318,36 @@ def test_attention_keeps_queries_keys_values_and_output_for_backward_and_not_the
     kept = kept_for_backward(lambda: attention(x, prefix), attention.parameters())
     log_sums = B * H * N
     assert kept == 4 * (B * N * D + 2 * B * (L + N) * D + B * N * D + log_sums)
+
+
+def test_normalise_is_to_tensor_and_normalize_with_constants_that_are_no_weights():
+    vit, pixels = ViT.load("scratch"), torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = ((pixels / 255 - mean) / std).permute(0, 3, 1, 2)
+    torch.testing.assert_close(vit.normalise(pixels), expected, atol=0, rtol=0)
+    assert vit.normalisation == "ImageNet mean and std"
+    assert not {"mean", "std"} & vit.state_dict().keys()
+    half = ViT(**vit.sizes | {"mean": (0.5,) * 3, "std": (0.5,) * 3})
+    torch.testing.assert_close(half.normalise(pixels), (pixels / 127.5 - 1).permute(0, 3, 1, 2))
+    assert half.normalisation == "mean and std 0.5 (timm's)"
+
+
+def test_prefix_and_vit_alone_in_an_empty_folder_work_with_torch_and_timm(tmp_path):
+    root = Path(__file__).parent.parent
+    for name in ("prefix.py", "vit.py"):
+        shutil.copy(root / name, tmp_path)
+    program = """
+import sys, torch
+from prefix import Prefix
+from vit import ViT
+
+vit = ViT.load("vit_tiny_patch16_224", pretrained=False).requires_grad_(False)
+prefix = Prefix(vit.n_layer, vit.n_head, vit.dim, 5, init_scale=vit.prefix_init_scale)
+images = torch.randn(2, 3, 224, 224)
+vit(images, prefix(vit, batch=2)).sum().backward()
+print(*vit(images, prefix.eval()(vit)).shape, prefix.p.grad.abs().max().item() > 0)
+print(*sorted({"support", "data", "train", "gpt", "transformers"} & sys.modules.keys()))
+"""
+    command = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, '.')\n{program}"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.stdout.splitlines() == ["2 192 True", ""], ended.stderr

@@ -1,4 +1,4 @@
-"""files.py: broken connections go on, wrong and hostile files are refused, nothing half-written is taken."""
+"""files.py: how a command ends, downloads over bad connections, nothing half-written is taken."""
 
 import hashlib
 import io
@@ -10,11 +10,13 @@ import tarfile
 import time
 from collections import namedtuple
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
+import torch
 
 from support import files
-from support.files import UsageError, fetch, obtain, write
+from support.files import UsageError, exit_code, fetch, obtain, write
 
 ROOT = Path(__file__).parent.parent
 CONTENT = bytes(range(256)) * 4000  # about 1 MB
@@ -93,6 +95,20 @@ def test_a_download_that_was_killed_goes_on_in_the_next_process(site, tmp_path):
     assert site.log[-1][1] == held > 10**6
 
 
+def test_without_a_network_every_source_is_asked_once_and_nothing_waits(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: pytest.fail("it waited"))
+    asked = []
+
+    def offline(request, timeout):
+        asked.append(request.full_url)
+        raise URLError("Temporary failure in name resolution")
+
+    monkeypatch.setattr(files, "urlopen", offline)
+    with pytest.raises(UsageError, match=r"name resolution.*get it elsewhere and put it at"):
+        fetch(["http://a/x", "http://b/x"], tmp_path / "x", None)
+    assert asked == ["http://a/x", "http://b/x"]
+
+
 def member(name: str, **values) -> tarfile.TarInfo:
     made = tarfile.TarInfo(name)
     for key, value in values.items():
@@ -139,3 +155,69 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         write(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+# How a command ends
+
+
+def command(code: str, **streams) -> subprocess.CompletedProcess:
+    """A process whose work is `code`."""
+    whole = f"import sys\nfrom support.files import exit_code\n{code}\nsys.exit(exit_code(work))"
+    return subprocess.run([sys.executable, "-c", whole], cwd=ROOT, **streams)
+
+
+def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    made = command("def work(): print('caf\u00e9 \\udce9')", capture_output=True)
+    assert (made.returncode, made.stdout) == (0, b"caf\\xe9 \\udce9\n")
+
+
+def test_a_reader_that_has_gone_and_a_full_disk_end_without_a_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` does once it has seen enough
+    made = command("def work(): print('x')", stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (made.returncode, made.stderr) == (141, b"")
+    with open("/dev/full", "w") as full:
+        made = command("def work(): print('x')", stdout=full, stderr=subprocess.PIPE)
+    assert made.returncode == 2
+    assert made.stderr == b"error: [Errno 28] No space left on device\n"
+
+
+def test_closed_streams_do_no_harm(capsys, monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)  # what Python makes of `2>&-`
+
+    def work():
+        print("x", file=sys.stderr)
+        raise UsageError("mend this")
+
+    assert exit_code(work) == 2
+    for name in ("stdout", "stderr"):
+        getattr(sys, name).close()
+
+
+def test_torch_compile_without_a_compiler_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", str(tmp_path / "no compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    code = "import torch\ndef work(): torch.compile(lambda x: (2 * x).relu())(torch.ones(9))"
+    made = command(code, capture_output=True, text=True)
+    assert made.returncode == 2
+    (error,) = made.stderr.splitlines()
+    assert error.startswith("error: torch.compile does not work here (")
+    assert error.endswith("; run with --no-compile")
+
+
+def test_only_a_want_of_memory_is_called_one(capsys):
+    def raises(error: BaseException) -> int:
+        def work():
+            raise error
+
+        return exit_code(work)
+
+    allocator = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
+    for error in (torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError(allocator)):
+        assert raises(error) == 2
+        assert "out of memory" in capsys.readouterr().err
+    with pytest.raises(RuntimeError):
+        raises(RuntimeError("CUDA error: an illegal memory access was encountered"))
