@@ -39,7 +39,7 @@ from tqdm import tqdm
 from data import TASKS, Dataset, find, load, title
 from prefix import SHARE
 from support import report, runs, workers
-from support.files import GOES_ON, Parser, UsageError, add_options, exit_code, opt
+from support.files import GOES_ON, Parser, UsageError, add_options, exit_code, opt, write
 from train import (
     BAR,
     Config,
@@ -246,7 +246,7 @@ class Worker:
     def identity(self, config: Config) -> dict[str, str]:
         """What decides a run's outcome beside its settings, in digests."""
         backbone, data = self.needs(config)
-        return {"backbone": backbone.fingerprint} | getattr(data, "identity", {})
+        return {"backbone": backbone.fingerprint} | data.identity
 
     def run(self, config: Config, stop: int | None = None) -> dict:
         """Perform one run, or its first `stop` epochs: the line of results.jsonl it leaves."""
@@ -345,10 +345,12 @@ def run(sweep: Sweep) -> None:
         plan(sweep, todo)
         return
     home = folder(sweep, *sweep.tasks)
+    folders = {folder(sweep, cell.task) for cell in todo}
     with ExitStack() as stack:
         # No other process may work in these folders.
-        for path in sorted({home} | {folder(sweep, cell.task) for cell in todo}):
+        for path in sorted({home} | folders):
             stack.enter_context(runs.run_lock(path))
+
         # Who performs the runs: this process, several of this machine, or a cluster's.
         total = sum(planned.count for cell in todo for planned in costs(sweep, cell))
         first = grid(sweep, todo[0])[0]
@@ -368,9 +370,10 @@ def run(sweep: Sweep) -> None:
                 bar.set_description(f"{cell.task} {cell.method}", refresh=False)
                 results = workers.Results(folder(sweep, cell.task) / "results.jsonl", identity)
                 rows.append(study(sweep, cell, results, runner, bar))
-        files = report.save(
-            home, rows, workers.seconds({folder(sweep, cell.task) for cell in todo})
-        )
+        files = report.save(home, rows)
+        if tested := [row for row in rows if row.accuracies]:
+            files.append(home / "reproduction.json")
+            write(files[-1], workers.reproduction(tested, folders))
     print(report.table(rows), *files, sep="\n")
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 
-from support import report
+from support import report, workers
 from support.files import Parser, UsageError, exit_code
 
 HEAD = ("task", "method", "test %", "seeds", "paper", "difference", "agrees", "device", "commit")
@@ -38,7 +38,7 @@ def collect(paths: list[str]) -> str:
     for path in paths:
         try:
             found = json.loads(Path(path).read_bytes())
-            if found["sha256"] != report.seal(found):
+            if found["sha256"] != workers.seal(found):
                 notes.append(f"{path} was changed after it was written; it is left out")
                 continue
             made += [[*line, path] for line in rows_of(found)]

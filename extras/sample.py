@@ -32,9 +32,9 @@ from support.corpora import Pair, Template, Text, encoding
 from support.files import exit_code
 from support.images import crop, read_image
 from support.report import png
+from support.runs import WRITE
 from train import (
     BAR,
-    WRITE,
     Config,
     Parser,
     TunedModel,

@@ -4,19 +4,14 @@ Means come with the standard deviation over seeds and the standard error of the 
 Two means that differ by less than two or three standard errors are not told apart.
 """
 
-import hashlib
 import io
-import json
 import math
-import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
@@ -147,7 +142,8 @@ def table(rows: list[Row]) -> str:
         cells += [test, error, len(found), row.published]
         if compared:
             says = verdict(row)
-            cells += [f"{says['difference']:+.2f}", says["agrees"]] if says else [None, None]
+            agrees = "yes" if says.get("agrees") else "no"
+            cells += [f"{says['difference']:+.2f}", agrees] if says else [None, None]
         made.append(cells)
     return markdown(head, made)
 
@@ -240,6 +236,10 @@ def text(rows: list[Row]) -> str:
     if gains := does_sharing_help(rows):
         parts += ["Does sharing help? Difference in test accuracy, paired by seed:"]
         parts += ["\n".join(gains)]
+    for status, why in (("diverged", "Diverged"), ("failed", "Failed for want of memory")):
+        if some := lost(rows, status):
+            count = f"{len(some)} run{'s' * (len(some) > 1)}"
+            parts += [f"{why} ({count}; never chosen, not in any mean):", "\n".join(some)]
     if any(verdict(row) for row in rows):
         parts.append(
             "A row agrees with the paper if it is within 2 s.e. and 0.5 points of its figure. Its "
@@ -412,8 +412,8 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def save(folder: Path, rows: list[Row], seconds: dict[str, float]) -> list[Path]:
-    """Write the report, its figures and reproduction.json; the paths written."""
+def save(folder: Path, rows: list[Row]) -> list[Path]:
+    """Write the report and its figures; the paths written."""
     files: dict[str, bytes] = {"report.md": text(rows).encode()}
     tested = [row for row in rows if row.accuracies]
     searched = [row for row in rows if row.tried]
@@ -421,42 +421,11 @@ def save(folder: Path, rows: list[Row], seconds: dict[str, float]) -> list[Path]
         files["grid.png"] = png(grid_figure(searched))
     if tested:
         files["report.png"] = png(bar_figure(tested))
-        files["reproduction.json"] = reproduction(tested, seconds)
     if len({row.fraction for row in tested}) > 1:
         files["fraction.png"] = png(fraction_figure(tested))
     for name, content in files.items():
         write(folder / name, content)
     return [folder / name for name in files]
-
-
-# A file to send back.
-
-
-def seal(found: dict) -> str:
-    """A digest of what a reproduction says, but for the digest itself."""
-    rest = {name: value for name, value in found.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def reproduction(rows: list[Row], seconds: dict[str, float]) -> bytes:
-    """reproduction.json: results, settings, digests, and what code and machine made them."""
-    packages = ("torch", "torchvision", "timm")
-    found: dict = {
-        "commits": sorted({line["commit"] for row in rows for line in row.tried + row.tested}),
-        "versions": {name: version(name) for name in packages}
-        | {"python": platform.python_version(), "cuda": str(torch.version.cuda)},
-        "hours": {device: round(value / 3600, 3) for device, value in seconds.items()},
-        "rows": [],
-    }
-    for row in rows:
-        found["rows"].append(
-            {"task": row.task, "method": row.method, "fraction": row.fraction}
-            | {"images": row.images, "settings": row.tested[0]["settings"]}
-            | {"identity": row.tested[0]["identity"], "paper": row.published}
-            | {"test": {str(r["settings"]["seed"]): r["test"] for r in row.tested if "test" in r}}
-            | verdict(row)
-        )
-    return json.dumps(found | {"sha256": seal(found)}, indent=1).encode()
 
 
 def plan(rows: list[list], speed: str) -> str:

@@ -1,43 +1,57 @@
-"""What a run leaves on disk: how it is cut off without harm, goes on, and ends.
+"""What surrounds a run: its folder on disk, what it prints, the process and the backbone it needs.
 
     config.json            the settings; a folder takes no run with others
-    state.pt               after every epoch: weights, momentum and metrics, all that `resume` needs; gone at the end
-    metrics.jsonl          a row per epoch; the last one has a "status" and what the run is judged by
-    prefix.safetensors     at the end: prefix and head, with all that `sample.py` must know to use them
+    state.pt               after every epoch: all that `resume` needs; gone at the end
+    metrics.jsonl          a row per epoch; the last one has a "status" and the run's result
+    prefix.safetensors     at the end: prefix and head, and what extras.sample must know to use them
     backbone.safetensors   at the end, if the backbone itself was trained
     curve.png              loss, and accuracy or val loss, over the epochs of a final run
     generated.jsonl        of a text task: source, references and output
 
-Every file is written under another name and renamed, so it is whole or absent. A run with a `state.pt` is not over, and
-goes on from that file alone: a kill at any moment costs at most the epoch it fell into. Of a run that is over, the
-weights are read, which know its metrics. Both have checksums: what a disk has changed is refused or mended, never used.
+Every file is written under another name and renamed, so it is whole or absent. A run with a
+`state.pt` is not over and goes on from that file alone: a kill costs at most one epoch. Of a run
+that is over, the weights are read, which know its metrics.
 """
 
+import ctypes
+import hashlib
 import io
 import json
-import zipfile
+import math
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from filelock import FileLock, Timeout
-from torch import nn
+from safetensors import safe_open
+from safetensors.torch import save as pack
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from support import files, report
+from support import report
 from support.files import UsageError, write
+from support.metrics import RULES, score
 
-UNSEEN = {
-    "out",
-    "data_dir",
-    "device",
-    "compile",
-}  # settings that may change while a run is under way
+BAR = {  # of every progress bar: in a log, a line every 30 seconds
+    "mininterval": 0.2 if sys.stderr.isatty() else 30,
+    "dynamic_ncols": True,
+    "leave": None,
+    "delay": 2,
+}
+UNSEEN = {"out", "data_dir", "device", "compile"}  # settings that may change during a run
+KEPT = ("config.json", "state.pt", "metrics.jsonl", "prefix.safetensors")
+WRITE = 16  # texts that are written at once
 
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Make a folder and keep other processes out of it. The system lets go if this one is killed."""
+    """Make a folder and keep other processes out of it. A kill releases the lock, too."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,55 +70,53 @@ def run_lock(folder: Path) -> Iterator[None]:
     finally:
         (folder / ".lock").unlink(missing_ok=True)
         lock.release()
+        # Folders that this call made and nothing was put into.
         with suppress(OSError):
             for path in made:
-                path.rmdir()  # if nothing has come into it
+                path.rmdir()
 
 
 def resume(
     out: Path, settings: dict, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> list[dict]:
-    """Bring model and optimizer to where the run in `out` stands and return its metrics; a new run has none.
+    """Bring model and optimizer to where the run in `out` stands; its metrics, [] for a new run.
 
-    UsageError if the folder holds a run with other settings, or files that do not fit or cannot be read.
+    UsageError if the folder holds a run with other settings, or files that do not fit or cannot be
+    read.
     """
-    if not any(
-        (out / name).exists()
-        for name in ("config.json", "state.pt", "metrics.jsonl", "prefix.safetensors")
-    ):
+    # A new run.
+    if not any((out / name).exists() for name in KEPT):
         write(out / "config.json", json.dumps(settings, indent=2).encode())
+        return []
     try:
-        old = json.loads((out / "config.json").read_bytes())
+        # The same run?
+        old = dict(json.loads((out / "config.json").read_bytes()))
+        if not settings.keys() <= old.keys():
+            raise ValueError("it was left by an older version")
         clash = [
-            f"{k} {old.get(k)} (not {v})"
-            for k, v in settings.items()
-            if k not in UNSEEN and old.get(k) != v
+            f"{name} {old[name]} (not {value})"
+            for name, value in settings.items()
+            if name not in UNSEEN and old[name] != value
         ]
         if clash:
             raise UsageError(
-                f"{out} holds a run with {', '.join(clash)}; choose another --out or delete that folder"
+                f"{out} holds a run with {', '.join(clash)}; "
+                "choose another --out or delete that folder"
             )
+
+        # A run that is not over goes on from its checkpoint.
         if (out / "state.pt").exists():
-            return restore(out / "state.pt", model, optimizer)
+            state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            return state["history"]
         return finished(out, model)
     except UsageError:
         raise
     except Exception as error:  # whatever a damaged file leads to
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"{out} cannot be resumed ({reason}); delete that folder to start anew"
+            f"{out} cannot be resumed ({reason(error)}); delete that folder to start anew"
         ) from error
-
-
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
-    """Where an unfinished run stands. PyTorch writes checksums into its archive, but does not look at them."""
-    with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():
-            raise ValueError(f"{path.name} is damaged in {damaged}")
-    state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["history"]
 
 
 def finished(out: Path, model: nn.Module) -> list[dict]:
@@ -113,93 +125,306 @@ def finished(out: Path, model: nn.Module) -> list[dict]:
     if (out / "prefix.safetensors").exists():
         history = load(out, model)["history"]
         if not path.exists() or path.read_bytes() != lines(history):
-            write(path, lines(history))  # the weights know it under their checksum
+            write(path, lines(history))  # a kill came between the two files
         return history
     rows = [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
-    if rows and (
-        rows[-1].get("status") != "diverged"
-        or [row["epoch"] for row in rows] != [*range(1, 1 + len(rows))]
-    ):
-        raise ValueError(f"{path.name} is of no diverged run, and prefix.safetensors is missing")
+    if rows and rows[-1].get("status") != "diverged":
+        raise ValueError("prefix.safetensors is missing")
     return rows
-
-
-def load(out: Path, model: nn.Module) -> dict:
-    """Fill the model with what a finished run kept, and return its facts. ValueError or RuntimeError if damaged."""
-    state, strings = files.read_weights(out / "prefix.safetensors")
-    if model.backbone is not None:
-        kept, _ = files.read_weights(out / "backbone.safetensors")
-        state |= {f"backbone.{name}": value for name, value in kept.items()}
-    model.load_state_dict(state)
-    return {name: json.loads(text) for name, text in strings.items()}
-
-
-def lines(history: list[dict]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in history).encode()
 
 
 def save(
     out: Path,
-    facts: dict,
+    metadata: dict,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     history: list[dict],
-    title: str = "",
+    heading: str = "",
 ) -> None:
-    """While the last row of metrics has no status: state.pt. Then: what a user keeps, and state.pt goes.
+    """After an epoch: state.pt. At the end: what a user keeps, and state.pt goes.
 
-    facts: what prefix.safetensors says of itself. title: of a curve, if one is to be drawn.
+    metadata: what prefix.safetensors says of itself. heading: of the curve, if one is to be drawn.
     """
     status = history[-1].get("status")
     if status is None:
         buffer = io.BytesIO()
-        torch.save(
-            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history},
-            buffer,
-        )
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(state | {"history": history}, buffer)
         write(out / "state.pt", buffer.getvalue())
     if status == "done":
-        state = {
-            name: value
-            for name, value in model.state_dict().items()
-            if not name.startswith("backbone.")
-        }
-        known = {name: json.dumps(value) for name, value in (facts | {"history": history}).items()}
+        # The sizes of a trained backbone are what `--backbone FILE` reads.
         if model.backbone is not None:
-            sizes = {
-                type(model.backbone).__name__.lower(): json.dumps(model.backbone.sizes)
-            }  # `from_file` reads it
-            write(out / "backbone.safetensors", files.pack(model.backbone.state_dict(), sizes))
-        write(out / "prefix.safetensors", files.pack(state, known))
-    if title:
-        write(out / "curve.png", report.curve(history, title))
+            kind = type(model.backbone).__name__.lower()
+            sizes = {kind: json.dumps(model.backbone.sizes)}
+            write(out / "backbone.safetensors", pack(model.backbone.state_dict(), sizes))
+        state = model.state_dict()
+        state = {name: state[name] for name in state if not name.startswith("backbone.")}
+        known = metadata | {"history": history}
+        strings = {name: json.dumps(value) for name, value in known.items()}
+        write(out / "prefix.safetensors", pack(state, strings))
+    if heading:
+        write(out / "curve.png", report.curve(history, heading))
     write(out / "metrics.jsonl", lines(history))
-    if status is not None:  # the run is over
-        for leftover in (
-            out / "state.pt",
-            *out.glob(".*.part"),
-        ):  # a kill may have left a part of a file
-            leftover.unlink(missing_ok=True)
+
+    # The run is over. A kill may have left a part of a file.
+    if status is not None:
+        for leftover in (out / "state.pt", *out.glob(".*.part")):
+            with suppress(OSError):
+                leftover.unlink(missing_ok=True)
+
+
+def lines(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def load(out: Path, model: nn.Module) -> dict:
+    """Fill the model with what a finished run kept; its metadata. Any error if that is damaged."""
+    state, metadata = read_weights(out / "prefix.safetensors")
+    if model.backbone is not None:
+        kept, _ = read_weights(out / "backbone.safetensors")
+        state |= {f"backbone.{name}": value for name, value in kept.items()}
+    model.load_state_dict(state)
+    return metadata
 
 
 def metadata(out: Path) -> dict:
-    """What prefix.safetensors of a finished run says of itself and its data. UsageError if there is none."""
+    """What prefix.safetensors of a finished run says of itself and its data. UsageError if none."""
     try:
-        known = {
-            name: json.loads(text)
-            for name, text in files.read_weights(out / "prefix.safetensors")[1].items()
-        }
-    except (OSError, ValueError, RecursionError) as error:
+        known = read_weights(out / "prefix.safetensors")[1]
+    except Exception as error:  # whatever a damaged file leads to
         raise UsageError(
-            f"{out} is not the folder of a finished run ({error}); train one with train.py"
+            f"{out} is not the folder of a finished run ({reason(error)}); train one with train.py"
         ) from error
     if not {"config", "fingerprint", "classes", "history"} <= known.keys():
         raise UsageError(
-            f"{out} was left by an older version, which kept no settings with the weights; train it anew"
+            f"{out} was left by an older version, which kept no settings with the weights; "
+            "train it anew"
         )
     return known
 
 
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a .safetensors file, and what its metadata say."""
+    with safe_open(path, "pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        strings = file.metadata() or {}
+    strings.pop("sha256", None)  # of older versions
+    return state, {name: json.loads(text) for name, text in strings.items()}
+
+
 def fingerprint(backbone: nn.Module) -> str:
     """Which weights these are: a prefix fits no others."""
-    return files.weights_digest(backbone.state_dict(), {})[:16]
+    made = hashlib.sha256()
+    for name, value in sorted(backbone.state_dict().items()):
+        made.update(name.encode() + value.float().contiguous().numpy(force=True).tobytes())
+    return made.hexdigest()[:16]
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# What a run needs before it starts.
+
+
+def prepare_process() -> None:
+    """TF32 for what stays fp32 on CUDA; on Linux, memory that tensors free is kept.
+
+    Otherwise the C library maps and clears new pages for every tensor above 32 MB.
+    """
+    torch.set_float32_matmul_precision("high")
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)  # glibc has it
+        mallopt(-4, 0)  # M_MMAP_MAX: no mapping for a tensor of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing goes back
+
+
+def device(name: str) -> str:
+    """Where to compute; auto is the GPU if there is one. UsageError for a GPU that there is not."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "--device is cuda, but PyTorch finds no CUDA device here; use --device cpu"
+        )
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def use_bf16(config: Any, backbone: Any) -> bool:
+    """auto: on CUDA; on a CPU with matrix units (AMX) and a wide model."""
+    if config.dtype != "auto":
+        return config.dtype == "bf16"
+    amx = torch.cpu.get_capabilities().get("amx_bf16", False)
+    return config.device == "cuda" or (amx and backbone.dim >= 256)
+
+
+def open_backbone(kind: Any, name: str, pretrained: bool = True) -> Any:
+    """A ViT or GPT (`kind`) by its name, on the CPU in fp32. UsageError if it cannot be had."""
+    try:
+        backbone = kind.load(name, pretrained)
+        for parameter, value in backbone.named_parameters():
+            if not value.isfinite().all():
+                raise ValueError(f"{parameter} holds NaN or infinity")
+        return backbone
+    except Exception as error:  # whatever a damaged or hostile file leads to
+        image = kind.__name__ == "ViT"
+        example = "ViT-B_16.npz" if image else "a folder with model.safetensors"
+        advice = f"give one that you have: --backbone {example}"
+        if name == ("tiny" if image else "tiny_gpt"):
+            advice = "git checkout assets"
+        raise UsageError(
+            f"the backbone '{name}' cannot be used ({reason(error)}); {advice}"
+        ) from error
+
+
+def check_settings(config: Any, text: bool) -> None:
+    """UsageError for a value that no run can have."""
+    for name in ("length", "lr", "epochs", "batch", "beams"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise UsageError(f"--{name} is {getattr(config, name)}; it must be positive")
+    if not 0 < config.fraction <= 1:
+        raise UsageError(f"--fraction is {config.fraction}; it must be above 0 and at most 1")
+    if not 0 <= config.wd < math.inf:
+        raise UsageError(f"--wd is {config.wd}; it must not be negative")
+    if not 0 <= config.seed < 2**63 - 1_000_003 * (config.epochs + 1):  # what PyTorch takes
+        raise UsageError(
+            f"--seed is {config.seed}; it must not be negative, nor have more than 18 digits"
+        )
+    if config.tune == "linear" and text:
+        raise UsageError(
+            f"--tune linear trains a classifier's head, and {config.task} is text; "
+            "use prefix or full"
+        )
+
+
+def check_fit(config: Any, backbone: Any, data: Any, split: str) -> None:
+    """UsageError, before anything starts, for a run that backbone and data do not allow."""
+    if data.count(split, config.fraction) < 1:
+        raise UsageError(
+            f"--fraction {config.fraction:g} leaves no image of {config.task}; take a larger one"
+        )
+    if not data.text:
+        return
+
+    # All that is read or written must fit beside the prefix, and every token must be known.
+    room = backbone.context - (config.length if config.tune == "prefix" else 0)
+    data.must_fit(room, {split, "val", "test" if config.final else "val"})
+    tokens = data.encoding.n_vocab
+    if tokens > backbone.vocab:
+        raise UsageError(
+            f"{config.backbone} knows fewer tokens than {config.task} has; take another --backbone"
+        )
+    if config.beams > tokens // 2:
+        raise UsageError(
+            f"--beams is {config.beams}; with this vocabulary it can be {tokens // 2} at most"
+        )
+
+
+# What a run reads, writes and prints.
+
+
+def batches(config: Any, data: Any, split: str, **order: Any) -> Iterator[tuple[Tensor, ...]]:
+    """data.batches on the device, copied while the GPU is still busy with the batch before.
+
+    For a compiled step, a last batch of images is filled up: labels of -100 count nowhere.
+    """
+    for batch in data.batches(split, config.batch, pin=config.device == "cuda", **order):
+        missing = config.batch - len(batch[0])
+        if config.compile and not data.text and missing:
+            pixels, labels = batch
+            pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, missing))  # (B, size, size, 3)
+            batch = (pixels, F.pad(labels, (0, missing), value=-100))
+        yield tuple(tensor.to(config.device, non_blocking=True) for tensor in batch)
+
+
+@torch.inference_mode()
+def write_texts(config: Any, model: Any, backbone: Any, data: Any) -> dict[str, float]:
+    """Write a text for every source of the test split, keep them in generated.jsonl, score them."""
+    # Prompts of like length are written together.
+    prompts, pairs = zip(*sorted(data.prompts("test"), key=lambda both: len(both[0])), strict=True)
+    writer = model.backbone or backbone
+    outputs: list[str] = []
+    bar = tqdm(desc="test", total=len(pairs), unit="text", **BAR)
+    with torch.autocast(config.device, torch.bfloat16, enabled=use_bf16(config, backbone)):
+        prefix_kv = model.eval().prefix_kv(backbone)  # (depth, 2, H, L, Dh)
+        for start in range(0, len(prompts), WRITE):
+            some = prompts[start : start + WRITE]
+            made = writer.generate(some, prefix_kv, config.beams, **data.decoding)
+            outputs += [data.decode(tokens) for tokens in made]
+            bar.update(len(made))
+    bar.close()
+
+    # Keep them, then score them.
+    rows = [asdict(pair) | {"output": output} for pair, output in zip(pairs, outputs, strict=True)]
+    write(Path(config.out) / "generated.jsonl", lines(rows))
+    rules = config.task if config.task in RULES else "plain"
+    scores, missing = score(outputs, pairs, rules)
+    for sentence in missing:
+        tqdm.write(sentence, file=sys.stderr)
+    return scores
+
+
+# The lines that a run prints.
+
+
+def first_line(
+    config: Any, data: Any, backbone: Any, name: str, whose: str, count: int, dtype: str
+) -> str:
+    """What a run prints before it starts: data, method, settings and whose they are, machine."""
+    sizes = ", ".join(f"{data.count(split):,} {split}" for split in ("train", "val", "test"))
+    classes = "" if data.text else f"{len(data.classes)} classes; "
+    length = f"L {config.length}, " if config.tune == "prefix" else ""
+    base = "" if data.text else "base "
+    epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs} epochs"
+    normalisation = "" if data.text else f"{backbone.normalisation}; "
+    return (
+        f"{config.task}: {classes}{sizes} {data.unit}; "
+        f"{name}, {length}{base}lr {config.lr:g}, weight decay {config.wd:g} ({whose}), "
+        f"batch {config.batch}, {epochs} of {count:,} {data.unit}; "
+        f"{normalisation}{config.device}, {dtype}"
+    )
+
+
+def summary(history: list[dict], data: Any) -> str:
+    """What a run came to, and on how many images or texts."""
+    last = history[-1]
+    if last.get("status") == "diverged":
+        return f"diverged in epoch {last['epoch']}: the loss is not finite"
+    for split in ("val", "test"):
+        if split in last:
+            return f"{split} accuracy {last[split]:.2f} % of {data.count(split):,} {data.unit}"
+    hidden = ("epoch", "loss", "val loss", "status")
+    scores = [f"{name} {value:.2f}" for name, value in last.items() if name not in hidden]
+    return f"{', '.join(scores)}; {len(data.splits['test']):,} test sources"
+
+
+def last_line(history: list[dict], config: Any, model: Any, backbone: Any, data: Any) -> str:
+    """What a run prints at its end: result, what was trained and remains, the next command."""
+    if history[-1].get("status") == "diverged":
+        return f"{summary(history, data)}; try a smaller --lr; {config.out}"
+    sizes = f"trained {size(model):,} parameters"
+    if model.backbone is None:
+        sizes += f" beside a frozen backbone of {size(backbone):,}"
+    else:
+        sizes += f", the backbone's {size(backbone):,} among them"
+
+    # The map that made the prefix is not needed any more.
+    remain = []
+    if model.prefix is not None:
+        remain.append(f"{model.prefix_kv(backbone).numel():,} of prefix")
+    if model.head is not None:
+        remain.append(f"{size(model.head):,} of head")
+    if model.backbone is None:
+        sizes += f"; {' and '.join(remain)} remain"
+
+    # An input on which to try it.
+    example = "assets/digit.png" if config.task == "digits" else "photo.jpg"
+    if data.text:
+        example = shlex.quote(data.splits["test"][0].source[:200])
+    command = f"python -m extras.sample {shlex.quote(config.out)} {example}"
+    return f"{summary(history, data)}; {sizes}; {config.out}; next: {command}"
+
+
+def size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -5,18 +5,21 @@ of the runs that were under way (support/runs.py). The runs are performed by thi
 several of this machine, or by the actors of a Ray cluster; the lines are the same.
 """
 
+import hashlib
 import json
 import multiprocessing
 import os
+import platform
 import signal
 import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import cache, partial
+from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from threading import Thread
@@ -26,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 from support.files import UsageError, write
+from support.report import Row, verdict
 from support.runs import UNSEEN, lines
 
 
@@ -89,13 +93,35 @@ class Results:
         write(path, json.dumps(kept).encode())
 
 
-def seconds(folders: set[Path]) -> dict[str, float]:
-    """How long each kind of device has worked on the runs of these folders, together."""
-    total: dict[str, float] = {}
+def seal(found: dict) -> str:
+    """A digest of what a reproduction says, but for the digest itself."""
+    rest = {name: value for name, value in found.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def reproduction(rows: list[Row], folders: Iterable[Path]) -> bytes:
+    """reproduction.json: results, settings, digests, and what code and machine made them."""
+    seconds: dict[str, float] = {}
     for path in sorted(folder / "seconds.json" for folder in folders):
         for device, value in json.loads(path.read_bytes()).items() if path.exists() else ():
-            total[device] = total.get(device, 0) + value
-    return total
+            seconds[device] = seconds.get(device, 0) + value
+    packages = ("torch", "torchvision", "timm")
+    found: dict = {
+        "commits": sorted({line["commit"] for row in rows for line in row.tried + row.tested}),
+        "versions": {name: version(name) for name in packages}
+        | {"python": platform.python_version(), "cuda": str(torch.version.cuda)},
+        "hours": {device: round(value / 3600, 3) for device, value in seconds.items()},
+        "rows": [],
+    }
+    for row in rows:
+        found["rows"].append(
+            {"task": row.task, "method": row.method, "fraction": row.fraction}
+            | {"images": row.images, "settings": row.tested[0]["settings"]}
+            | {"identity": row.tested[0]["identity"], "paper": row.published}
+            | {"test": {str(r["settings"]["seed"]): r["test"] for r in row.tested if "test" in r}}
+            | verdict(row)
+        )
+    return json.dumps(found | {"sha256": seal(found)}, indent=1).encode()
 
 
 @cache

@@ -1,8 +1,9 @@
-"""Kills, Ctrl-C, full disks and company cost at most an epoch: real processes, and results that are equal bit for bit.
+"""Kills, Ctrl-C, full disks and company cost at most an epoch; results are equal bit for bit.
 
-FAULTS=long pytest tests/test_faults.py         50 kills each instead of 3
+pytest -m long tests/test_faults.py         real processes, many times
 """
 
+import json
 import os
 import random
 import shutil
@@ -20,11 +21,12 @@ from processes import Started
 from test_images import many
 
 from data import load
+from support import runs
 from support.files import exit_code
 from train import Config, train
 
 ROOT = Path(__file__).parent.parent
-KILLS = 50 if os.environ.get("FAULTS") == "long" else 3
+FEW_OR_MANY = pytest.mark.parametrize("times", [2, pytest.param(30, marks=pytest.mark.long)])
 RUN = [
     "--fraction",
     "0.1",
@@ -57,15 +59,17 @@ GRID = [
 ]
 
 
-def outcome(folder: Path) -> dict[str, bytes]:
-    """All that a finished run leaves, bit for bit, but its settings, which say where it was made."""
-    files = {
+def outcome(folder: Path) -> dict[str, object]:
+    """All that a finished run leaves, bit for bit, but its settings, which name its folder."""
+    found: dict[str, object] = {
         path.name: path.read_bytes() for path in folder.iterdir() if path.name != "config.json"
     }
-    for path in folder.glob("*.safetensors"):  # the order of the strings in their headers is any
-        state, strings = files.read_weights(path)
-        files[path.name] = files.weights_digest(state, strings | {"config": ""}).encode()
-    return files
+    for path in folder.glob("*.safetensors"):  # the strings in a header come in any order
+        state, strings = runs.read_weights(path)
+        strings.pop("config", None)
+        tensors = {name: value.numpy().tobytes() for name, value in state.items()}
+        found[path.name] = json.dumps(strings, sort_keys=True), tensors
+    return found
 
 
 def one_sentence(said: str) -> str:
@@ -79,13 +83,14 @@ def one_sentence(said: str) -> str:
 
 
 def killed_until_it_ends(
-    script: str, words: list[str], broken: Path, life: float, same: Callable
+    script: str, words: list[str], broken: Path, life: float, same: Callable, times: int
 ) -> None:
-    """Kill a command at KILLS random moments of its life; whenever it comes to its end, that must be the right one."""
-    rng, kills = random.Random(0), 0
-    while kills < KILLS or broken.exists():
+    """Kill a command at random moments of its life; whenever it ends, its end is the right one."""
+    rng = random.Random(0)
+    kills = 0
+    while kills < times or broken.exists():
         process = Started(script, *words, "--out", broken)
-        if kills < KILLS and process.runs(rng.uniform(0, life)):
+        if kills < times and process.runs(rng.uniform(0, life)):
             process.stop()
             kills += process.end()[0] == -signal.SIGKILL
             continue
@@ -97,9 +102,14 @@ def killed_until_it_ends(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method", [["--share", "deep"], ["--tune", "full", "--lr", "0.1"]], ids=["deep", "full"]
+    ("method", "times"),
+    [
+        pytest.param(["--share", "deep"], 2, id="deep"),
+        pytest.param(["--share", "deep"], 50, id="deep, often", marks=pytest.mark.long),
+        pytest.param(["--tune", "full", "--lr", "0.1"], 50, id="full", marks=pytest.mark.long),
+    ],
 )
-def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(method, tmp_path):
+def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(method, times, tmp_path):
     words, whole, broken = [*RUN, *method], tmp_path / "whole", tmp_path / "broken"
     assert (
         Started("train", *words, "--out", tmp_path / "first").end()[0] == 0
@@ -111,7 +121,7 @@ def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(method, tmp_path
     def same():
         assert outcome(broken) == expected
 
-    killed_until_it_ends("train", words, broken, life, same)
+    killed_until_it_ends("train", words, broken, life, same, times)
     assert (
         outcome(tmp_path / "first") == expected
     )  # the same seed in another process: the same bits
@@ -120,7 +130,8 @@ def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(method, tmp_path
 
 
 @pytest.mark.slow
-def test_a_sweep_killed_at_random_moments_ends_in_the_same_report(small, tmp_path):
+@FEW_OR_MANY
+def test_a_sweep_killed_at_random_moments_ends_in_the_same_report(times, small, tmp_path):
     words, whole, broken = (
         [*GRID, "--backbone", small, "--device", "cpu"],
         tmp_path / "whole",
@@ -137,7 +148,7 @@ def test_a_sweep_killed_at_random_moments_ends_in_the_same_report(small, tmp_pat
         ]
         assert lines(ended) == lines(expected)
 
-    killed_until_it_ends("sweep", words, broken, life, same)
+    killed_until_it_ends("sweep", words, broken, life, same, times)
     assert len(lines(whole / "digits-halving")) == 2 * (
         4 + 2 + 1 + 1 + 2
     )  # of two methods: the stages, the seeds
@@ -152,7 +163,14 @@ class Dead(BaseException):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [{"share": "deep"}, {"tune": "full", "lr": 0.1}, {"lr": 1e30}])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"share": "deep"},
+        pytest.param({"tune": "full", "lr": 0.1}, marks=pytest.mark.long),
+        {"lr": 1e30},
+    ],
+)
 def test_a_process_may_die_before_any_of_its_touches_of_the_disk(
     method, frozen, digits16, tmp_path, monkeypatch
 ):
@@ -201,7 +219,7 @@ def test_ctrl_c_in_a_shell_ends_in_a_sentence_and_130(tmp_path):
     assert (process.communicate()[1].splitlines()[-1], process.returncode) == (GOES_ON, 130)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("script", ["train", "sweep"])
 def test_ctrl_c_at_random_moments_ends_in_a_sentence_and_the_same_command_goes_on(
     script, small, tmp_path
@@ -214,7 +232,7 @@ def test_ctrl_c_at_random_moments_ends_in_a_sentence_and_the_same_command_goes_o
     start = time.perf_counter()
     assert Started(script, *words, "--out", tmp_path / "whole").end()[0] == 0
     life, broken = time.perf_counter() - start, tmp_path / "broken"
-    for _ in range(KILLS):
+    for _ in range(20):
         process = Started(script, *words, "--out", broken)
         if process.runs(rng.uniform(0.2, 0.6) * life):
             process.stop(signal.SIGINT)
@@ -245,7 +263,7 @@ def test_ctrl_c_that_an_import_turns_into_an_error_of_its_own_still_ends_in_the_
         exit_code(lambda: import_module("no_such_module"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_c_while_images_are_decoded_ends_in_a_sentence_and_leaves_nothing(tmp_path):
     (tmp_path / "mine").mkdir()
     many(tmp_path / "mine" / "a", 300)
@@ -293,7 +311,7 @@ def config_of(words: list[str], tmp_path: Path) -> Path:
     return tmp_path / "elsewhere" / "config.json"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_disk_that_is_full_for_the_cache_or_the_results_costs_nothing_but_time(small, tmp_path):
     (tmp_path / "mine").mkdir()
     many(tmp_path / "mine" / "a", 20)
@@ -349,7 +367,7 @@ def test_a_second_process_on_a_folder_is_refused_and_a_copy_of_it_goes_on(tmp_pa
     assert not (tmp_path / "run" / ".lock").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_second_sweep_on_a_folder_is_refused_while_the_first_is_at_work(small, tmp_path):
     words = [*GRID, "--backbone", small, "--out", tmp_path, "--methods", "probe"]
     first = Started("sweep", *words, "--epochs", "10000")
@@ -363,7 +381,7 @@ def test_a_second_sweep_on_a_folder_is_refused_while_the_first_is_at_work(small,
     assert Started("sweep", *words).end()[0] == 0  # a killed sweep leaves no lock
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_of_two_processes_on_one_cache_the_second_takes_over_when_the_first_is_killed(tmp_path):
     (tmp_path / "mine").mkdir()
     many(tmp_path / "mine" / "a", 200)

@@ -153,7 +153,7 @@ def test_the_validation_loss_is_that_of_one_token_and_its_exponential_is_the_per
     gpt, data = load_backbone(config), load(config.task, encoding="bytes")
     result = train(config, gpt, data)
     total, count = 0.0, 0
-    prefix_kv = result.prefix(gpt)
+    prefix_kv = result.model.prefix(gpt)
     for tokens, at, labels in data.batches("val", 1):
         logits = gpt(tokens, prefix_kv, at)[0]
         total += F.cross_entropy(logits, labels[0], reduction="sum").item()

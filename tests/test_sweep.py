@@ -113,7 +113,7 @@ def test_a_finished_sweep_recomputes_nothing_and_draws_the_same_report(words, pe
         for p in (tmp_path / "digits").iterdir()
         if p.suffix in (".md", ".png", ".jsonl")
     }
-    assert len(files) == 3
+    assert len(files) == 4
     performed.clear()
     assert main(words) == 0
     assert performed == []
@@ -161,7 +161,9 @@ def test_the_table_has_mean_standard_deviation_and_error_over_seeds_and_the_publ
     kept = {"settings": {"lr": 25.0, "wd": 1e-4}, "trained": 1, "backbone": 10, "val": 50.0}
     tested = [{"status": "done", "test": 60.0, "settings": {"seed": 42}}]
     cub = report.Row("cub", "deep-shallow", 100, 1.0, 5394, [], [kept], tested)
-    assert report.table([cub]).endswith("| 10.00 | 25 | 0.0001 | 50.00 | 60.00 | - | 1 | 87.2 |")
+    assert report.table([cub]).endswith(
+        "| 10.00 | 25 | 0.0001 | 50.00 | 60.00 | - | 1 | 87.2 | -27.20 | no |"
+    )
     assert report.table([replace(cub, fraction=0.5)]).endswith("| - |")  # the paper used all images
 
 
@@ -169,7 +171,7 @@ def test_every_method_and_length_can_be_swept(words, tmp_path):
     words += split("--epochs 1 --lr 0.5 --wd 0 --fraction 0.05 --seed 1")
     assert main([*words, "--methods", *METHODS, "--length", "2", "3"]) == 0
     found = lines(tmp_path / "digits")
-    cells = 8 * 2 + 2  # prefixes x lengths, and probe and full, which have no prefix
+    cells = 16 * 2 + 2  # prefixes x lengths, and probe and full, which have no prefix
     assert len(found) == cells * 2
     assert {r["status"] for r in found} == {"done"}
     text = (tmp_path / "digits" / "report.md").read_text()

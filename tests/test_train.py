@@ -1,4 +1,4 @@
-"""train.py and checkpoint.py: the protocol, what may move and what may not, kills, divergence, wrong input."""
+"""train.py: the protocol, what may move and what may not, divergence, wrong input."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import train as train_module
-from data import Dataset, Split, load, normalise
+from data import Dataset, Split, load
 from support import files
 from train import (
     Config,
@@ -95,8 +95,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tiny, digits, tmp_path):
     assert train(config, tiny, digits).history == whole.history
     again = train(config, tiny, digits)  # over: nothing is computed, the result is read back
     assert again.history == whole.history
-    torch.testing.assert_close(again.head.weight, whole.head.weight, atol=0, rtol=0)
-    torch.testing.assert_close(again.prefix.p, whole.prefix.p, atol=0, rtol=0)
+    torch.testing.assert_close(again.model.head.weight, whole.model.head.weight, atol=0, rtol=0)
+    torch.testing.assert_close(again.model.prefix.p, whole.model.prefix.p, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: "-".join(str(v) for v in m.values()))
@@ -156,7 +156,7 @@ def test_a_step_is_sgd_with_momentum_and_no_decay_on_the_head_bias(small_vit, tm
     for epoch in range(2):
         for pixels, labels in data.batches("train", 6, config.seed, epoch):
             rate = learning_rate(config, step, 4)
-            x = small_vit(normalise(pixels))  # (B, D)
+            x = small_vit(small_vit.normalise(pixels))  # (B, D)
             error = (F.softmax(x @ weight.T + bias, dim=1) - F.one_hot(labels, 3)) / len(
                 labels
             )  # (B, C)
@@ -164,8 +164,8 @@ def test_a_step_is_sgd_with_momentum_and_no_decay_on_the_head_bias(small_vit, tm
             momentum = tuple(0.9 * m + g for m, g in zip(momentum, gradients, strict=True))
             weight, bias = weight - rate * momentum[0], bias - rate * momentum[1]
             step += 1
-    torch.testing.assert_close(result.head.weight, weight, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(result.head.bias, bias, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(result.model.head.weight, weight, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(result.model.head.bias, bias, atol=1e-5, rtol=1e-5)
 
 
 def test_the_head_starts_as_the_paper_s_and_evaluation_counts_right_answers(tiny, digits, tmp_path):
@@ -180,7 +180,7 @@ def test_the_head_starts_as_the_paper_s_and_evaluation_counts_right_answers(tiny
     for image, label in zip(
         *map(torch.cat, zip(*digits.batches("val", 50), strict=True)), strict=True
     ):
-        logits = model.head(tiny(normalise(image[None])))
+        logits = model.head(tiny(tiny.normalise(image[None])))
         right += int(logits.argmax() == label)
     assert evaluate(config, model, tiny, digits, "val") == pytest.approx(100 * right / 200)
 
