@@ -27,8 +27,7 @@ from torchvision.datasets import FashionMNIST
 
 from support import benchmarks
 from support.benchmarks import SPLITS
-from support.corpora import TEXT_TASKS, Text, load_jsonl
-from support.corpora import encoding as encoding_of
+from support.corpora import TEXT_TASKS, Text, is_jsonl, load_jsonl
 from support.files import Parser, UsageError, exit_code, write
 from support.images import Dataset, Split, stratified
 from support.images import normalise as normalise  # for train, bench and sample
@@ -232,7 +231,7 @@ def find(name: str) -> Task:
         return TASKS[name]
 
     # your own texts or images
-    if name.endswith(".jsonl") and Path(name).is_file():
+    if is_jsonl(name) and Path(name).is_file():
         return Task(
             "your texts",
             partial(load_jsonl, Path(name)),
@@ -278,7 +277,7 @@ def load(
     # texts: pairs of source and target, as tokens of this encoding
     if task.text:
         encoding = encoding or ("bytes" if task.backbone == "tiny_gpt" else "gpt2")
-        return Text(title(name), **task.load(root, encoding_of(encoding)))
+        return Text(title(name), encoding, **task.load(root))
 
     # images: decoded, and a little larger than image_size where crops are to be random
     images = task.load(root, image_size)

@@ -119,10 +119,12 @@ def fit(  # noqa: C901, PLR0915  (one run, one story)
 
     # A folder that already holds this run says where to go on.
     out = Path(config.out)
-    metadata = {"config": asdict(config), "fingerprint": backbone.fingerprint} | data.metadata
-    history = runs.resume(out, metadata["config"], model, optimizer)
-    if data.listing is not None:  # a split made here, to be repeated
+    identity = {"config": asdict(config), "fingerprint": backbone.fingerprint}
+    identity["data"] = data.identity
+    metadata = identity | data.metadata
+    if data.listing is not None and not (out / "config.json").exists():  # a split made here
         write(out / "split.json", json.dumps(data.listing, indent=1).encode())
+    history = runs.resume(out, identity, model, optimizer)
     status = history[-1].get("status", "running") if history else "running"
     last_epoch = min(stop or config.epochs, config.epochs)
     progress = {"total": config.epochs * count, "initial": len(history) * count, "unit": data.unit}
@@ -136,7 +138,7 @@ def fit(  # noqa: C901, PLR0915  (one run, one story)
         loss_sum, correct_sum = torch.zeros(2, device=config.device)
         seen = 0
         order = {"seed": config.seed, "epoch": epoch, "fraction": config.fraction}
-        for i, batch in enumerate(batches(config, data, split, **order)):
+        for i, (examples, batch) in enumerate(batches(config, data, split, **order)):
             # The learning rate of this step.
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, epoch * epoch_steps + i, steps)
@@ -144,8 +146,7 @@ def fit(  # noqa: C901, PLR0915  (one run, one story)
             # Forward (under autocast for bf16), loss, backward, update.
             loss, correct = train_step(loss_of, model, backbone, bf16, optimizer, batch, clip)
 
-            # Add up on the device. A last batch that was filled up has fewer real examples.
-            examples = len(batch[0]) if data.text else min(config.batch, count - seen)
+            # Add up on the device. `examples` leaves out what a batch was filled up with.
             loss_sum += loss * examples
             correct_sum += correct
             seen += examples
@@ -246,8 +247,12 @@ class TunedModel(nn.Module):
     def classify(self, backbone: ViT, pixels: Tensor, prefix_kv: Tensor | None) -> Tensor:
         """pixels (B, size, size, 3) uint8 -> logits (B, C) in fp32."""
         vit = self.backbone or backbone
-        features = vit(vit.normalise(pixels), prefix_kv)  # (B, D)
-        return self.head(features).float()  # (B, C)
+        return self.logits(vit(vit.normalise(pixels), prefix_kv))  # (B, C)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(B, D) -> (B, C), in fp32 even under autocast: bf16 makes ties between classes."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features.float())
 
 
 def image_loss(
@@ -263,8 +268,7 @@ def image_loss(
         if prefix_kv is None:
             prefix_kv = model.prefix_kv(backbone, len(pixels))  # (depth, 2, [B,] H, L, Dh)
         vit = model.backbone or backbone
-        features = vit(vit.normalise(pixels), prefix_kv)  # (B, D)
-        logits = model.head(features).float()  # (B, C)
+        logits = model.logits(vit(vit.normalise(pixels), prefix_kv))  # (B, C)
     return F.cross_entropy(logits, labels), (logits.argmax(-1) == labels).sum()
 
 
@@ -283,9 +287,9 @@ def text_loss(
             prefix_kv = model.prefix_kv(backbone, len(tokens))  # (depth, 2, H, L, Dh)
         gpt = model.backbone or backbone
         logits = gpt(tokens, prefix_kv, target_positions).float()  # (B, Q, V)
-    # Labels of -100 do not count.
+    # Labels of -100 do not count. A text has targets; a row that only fills up has none.
     total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-    return total / len(tokens), (labels >= 0).sum()
+    return total / (labels[:, 0] >= 0).sum(), (labels >= 0).sum()
 
 
 def loss_function(config: Config, data: Data) -> Callable:
@@ -334,11 +338,11 @@ def evaluate(
     count = data.count(split)
     loss_sum, correct_sum = torch.zeros(2, device=config.device)
     bar = tqdm(desc=split, total=count, unit=data.unit, **BAR | {"leave": False})
-    for batch in batches(config, data, split):
+    for examples, batch in batches(config, data, split):
         loss, correct = loss_of(model, backbone, bf16, *batch, prefix_kv=prefix_kv)
-        loss_sum += loss * len(batch[0])
+        loss_sum += loss * examples
         correct_sum += correct
-        bar.update(len(batch[0]))
+        bar.update(examples)
     bar.close()
     if not loss_sum.isfinite():
         return math.nan

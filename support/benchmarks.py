@@ -7,6 +7,7 @@ ICLR 2025 (settings).
 """
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from support.files import UsageError, digest, fetch, obtain, verify
-from support.images import Files, hidden, image_files, load_files, stratified
+from support.images import Files, image_files, load_files, stratified, visible
 
 SPLITS = ("train", "val", "test")
 UNPACKED = "unpacked"  # data/cub/unpacked/ holds what the archive of cub held
@@ -57,7 +58,8 @@ FGVC = {
         (),
         "nabird",
         "images",
-        "NABirds is given to those who accept its terms: fill in the form at https://dl.allaboutbirds.org/nabirds",
+        "NABirds is given to those who accept its terms: fill in the form at "
+        "https://dl.allaboutbirds.org/nabirds",
     ),
     "flowers": Source(
         "102flowers.tgz",
@@ -79,7 +81,8 @@ FGVC = {
         "car_ims.tgz",
         "sha256:4d96e3e3e892c6b7e4a71959325c7de4804037d27ba5aaf1c756100fd94a5342",
         (
-            "https://huggingface.co/datasets/XiN0919/FGVC/resolve/921e8dce38536cd5982739d85d5e9235d2cb2a76/car_ims.tgz",
+            "https://huggingface.co/datasets/XiN0919/FGVC/resolve/"
+            "921e8dce38536cd5982739d85d5e9235d2cb2a76/car_ims.tgz",
         ),
         "cars",
     ),
@@ -321,7 +324,7 @@ SPLIT_NAME = re.compile(
 
 
 def subfolders(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not hidden(p.name))
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and visible(p.name))
 
 
 def split_folders(folder: Path) -> dict[str, str]:
@@ -353,9 +356,8 @@ def classes_of(folder: Path, inner: str = "") -> dict[str, str]:
         else:
             others["images in no class"] += 1
     if others:
-        print(
-            f"{top}: {others.total()} files ignored: {', '.join(sorted(others))}", file=sys.stderr
-        )
+        endings = ", ".join(sorted(others))
+        print(f"{top}: {others.total()} files ignored: {endings}", file=sys.stderr)
 
     empty = set(subfolders(top)) - set(images.values())
     if empty or not images:
@@ -379,9 +381,10 @@ def divide(images: dict[str, str], *shares: float) -> list[dict[str, str]]:
     """Stratified parts, always the same, cut after these shares of all images."""
     if len(images) < 10:
         raise UsageError(f"{len(images)} images are too few; to be split, they must be at least 10")
-    files, order = list(images), stratified(np.array(list(images.values())), seed=0)
-    parts = np.split(order, [round(share * len(files)) for share in shares])
-    return [dict(sorted((files[i], images[files[i]]) for i in part)) for part in parts]
+    items = list(images.items())
+    order = stratified(np.array([name for _, name in items]), seed=0)
+    parts = np.split(order, [round(share * len(items)) for share in shares])
+    return [dict(sorted(items[i] for i in part)) for part in parts]
 
 
 def own_split(path: Path, images: dict[str, str]) -> dict[str, dict[str, str]]:
@@ -419,10 +422,8 @@ def load_folder(folder: Path, root: Path, size: int) -> dict:
     for split, part in parts.items():
         images |= part
         if strange := sorted(set(part.values()) - set(classes)):
-            raise UsageError(
-                f"{folder / found[split]} has the class '{strange[0]}', but "
-                f"{folder / found['train']} has not"
-            )
+            here, there = folder / found[split], folder / found["train"]
+            raise UsageError(f"{here} has the class '{strange[0]}', but {there} has not")
 
     # make the splits that are missing
     listing = None
@@ -439,11 +440,9 @@ def load_folder(folder: Path, root: Path, size: int) -> dict:
         train, val = divide(parts["train"], 0.9)
         listing = {"train": train, "val": val, "test": parts["test"]}
 
-    files = {
-        split: [(file, classes.index(name)) for file, name in part.items()]
-        for split, part in (listing or parts).items()
-    }
-    task = folder.absolute().name
-    return load_files(root, task, folder, classes, files, round(size * 256 / 224)) | {
-        "listing": listing
-    }
+    files = {}
+    for split in SPLITS:
+        part = (listing or parts)[split]
+        files[split] = [(file, classes.index(name)) for file, name in part.items()]
+    task, resize = os.path.basename(os.path.abspath(folder)), round(size * 256 / 224)
+    return load_files(root, task, folder, classes, files, resize) | {"listing": listing}

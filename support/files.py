@@ -1,4 +1,4 @@
-"""Everything between the program and the machine: command line, files, downloads, saved weights.
+"""Everything between the program and the machine: command line, files, downloads.
 
 - A user's mistake is a `UsageError` whose sentence says how to fix it; `exit_code` prints it.
 - `write` and `build_once` make a file or folder whole or not at all: first under a temporary name,
@@ -31,8 +31,6 @@ from urllib.request import Request, urlopen
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from tqdm import tqdm
 
 GOES_ON = "stopped; the same command goes on from the last finished epoch"
@@ -382,72 +380,3 @@ def zip_members(archive: Path) -> Iterator[Member]:
         for m in file.infolist():
             plain = stat.S_IFMT(m.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
             yield m.filename, m.file_size, plain, None if m.is_dir() else file.open(m)
-
-
-# Weights
-
-State = dict[str, Tensor]
-
-
-def fingerprint(state: State) -> str:
-    """Which weights these are: 16 digits of a sha256 of all tensors, in fp32, with their names."""
-    made = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        made.update(name.encode() + value.float().contiguous().numpy(force=True).tobytes())
-    return made.hexdigest()[:16]
-
-
-def read_weights(path: str | Path) -> tuple[State, dict[str, str]]:
-    """The tensors and the metadata of a .safetensors file. ValueError if it is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no dict
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
-    metadata.pop("sha256", None)  # in files of older versions
-    return state, metadata
-
-
-# TO GO, once runs.py, vit.py and gpt.py no longer ask for them
-import json  # noqa: E402
-from safetensors import torch as safetensors  # noqa: E402
-
-
-def weights_digest(state: State, strings: dict[str, str]) -> str:
-    """sha256 of all strings, and of all tensors in fp32, with their names."""
-    made = hashlib.sha256(json.dumps(sorted(strings.items())).encode() if strings else b"")
-    for name, value in sorted(state.items()):
-        made.update(name.encode() + value.float().contiguous().numpy(force=True).tobytes())
-    return made.hexdigest()
-
-
-def pack(state: State, strings: dict[str, str]) -> bytes:
-    return safetensors.save(state, strings | {"sha256": weights_digest(state, strings)})
-
-
-def fill(kind, sizes, state, path):
-    """A model of these sizes with these weights, in fp32. ValueError, which names `path`, if they do not fit."""
-    other = f"{path} holds another model than a {kind.__name__} of the sizes {sizes}"
-    if sizes.get("n_layer", 0) > len(state):  # a lie that would take forever to build
-        raise ValueError(f"{other} (it has {len(state)} tensors)")
-    with torch.device(
-        "meta"
-    ):  # nothing is drawn that is overwritten at once, and a lie about a size takes no memory
-        model = kind(**sizes)
-    expected = model.state_dict()
-    for name in sorted(expected.keys() | state):
-        if name not in expected or name not in state or state[name].shape != expected[name].shape:
-            reason = (
-                "is missing"
-                if name not in state
-                else "has another shape"
-                if name in expected
-                else "is unknown"
-            )
-            raise ValueError(f"{other} ({name} {reason})")
-    copies = {
-        name: value.to(torch.float32, copy=True) for name, value in state.items()
-    }  # not the mapped file itself
-    model.load_state_dict(copies, assign=True)
-    return model.eval()

@@ -121,9 +121,9 @@ def release(mapping: mmap.mmap | None) -> None:
         mapping.madvise(mmap.MADV_DONTNEED)
 
 
-def hidden(name: str) -> bool:
-    """Whether a file or folder is none of the user's data."""
-    return name.startswith(".") or name in LEFT_BEHIND
+def visible(name: str) -> bool:
+    """Whether a file or folder can be data: it is not hidden, nor left behind by a system."""
+    return not name.startswith(".") and name not in LEFT_BEHIND
 
 
 def image_files(top: Path) -> tuple[list[str], Counter]:
@@ -132,24 +132,18 @@ def image_files(top: Path) -> tuple[list[str], Counter]:
     seen = {os.path.realpath(folder) for folder in (top, *top.absolute().parents)}
     for root, folders, files in os.walk(top, followlinks=True):
         # a link to a folder that was seen leads in a circle
-        kept = []
-        for name in sorted(folders):
-            real = os.path.realpath(f"{root}/{name}")
-            if not hidden(name) and real not in seen:
-                kept.append(name)
-                seen.add(real)
-        folders[:] = kept
+        places = {name: os.path.realpath(f"{root}/{name}") for name in sorted(folders)}
+        folders[:] = [n for n, real in places.items() if visible(n) and real not in seen]
+        seen.update(places.values())
 
-        below = Path(root).relative_to(top).as_posix()
-        for name in files:
-            ending = Path(name).suffix.lower()
-            if hidden(name):
-                continue
+        for name in filter(visible, files):
+            path = Path(root, name).relative_to(top)
+            ending = path.suffix.lower()
             if ending in ENDINGS:
-                found.append((below.split("/")[0], below, name))
+                found.append(path.as_posix())
             else:
                 others[ending or "no ending"] += 1
-    return [name if below == "." else f"{below}/{name}" for _, below, name in sorted(found)], others
+    return sorted(found, key=lambda path: (path.split("/")[0], os.path.split(path))), others
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -379,13 +373,15 @@ def crop(image: np.ndarray, size: int, out: np.ndarray, rng: Random) -> None:
     spare = np.array(image.shape[:2]) - size
     if rng is None:
         top, left = np.round(spare / 2).astype(int)  # torchvision's CenterCrop rounds so
-        out[:] = image[top : top + size, left : left + size]
+    else:
+        top, left = rng.integers(0, spare + 1)
+    window = image[top : top + size, left : left + size]  # (size, size, 3)
+    if rng is None or rng.choice((1, -1)) == 1:
+        out[:] = window
         return
-    top, left = rng.integers(0, spare + 1)
-    window, step = image[top : top + size, left : left + size], rng.choice((1, -1))
     # NumPy mirrors one plane at a time six times as fast as three planes at once
     for colour in range(3):
-        out[..., colour] = window[:, ::step, colour]
+        out[..., colour] = window[:, ::-1, colour]
 
 
 def normalise(pixels: Tensor) -> Tensor:

@@ -1,25 +1,31 @@
-"""Text as tokens: a batch is a few examples of like length, and where in them the model has something to learn.
+"""Text as tokens, in batches that say where a model has something to learn; and two made tasks.
 
-A GPT continues text. Here it reads a source, then bos, and writes the target up to eos; one token, <|endoftext|>, is
-both. It reads all of them, but learns the target and the eos alone, so a batch says where those are:
+A GPT continues text. Here it reads a source, then bos, and writes the target up to eos; one token,
+<|endoftext|>, is both. It learns the target and the eos alone, so a batch says where those are:
 
-    tokens    name  :  Alimentum  <bos>  There  is  a  place      (B, T)  padded on the right, where causal attention
-    at                            3      4      5   6  7          (B, Q)  from `at` never looks
-    labels                        There  is     a   place <eos>   (B, Q)  the token after column `at`; -100 is padding
+    tokens            name  :  Alimentum  <bos>  There  is  a  place     (B, T) padded on the right
+    target_positions                      3      4      5   6  7         (B, Q) columns of `tokens`
+    labels                                There  is     a   place <eos>  (B, Q) the token after each
 
-The official loss is the *sum* over a sequence's labels, averaged over the batch:
-    cross_entropy(model(tokens, prefix, at).flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100) / B
+Padding has the label -100. The official loss is the *sum* over a text's labels, its mean over B:
+    logits = model(tokens, prefix_kv, target_positions)  # (B, Q, V)
+    F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100) / B
 
-Shapes: B sequences, T tokens, Q labels of the sequence that has most.
-Source: Li & Liang, ACL 2021 (Prefix-tuning), whose templates, label masks and length limits these are.
+Shapes: B texts, T tokens, Q labels of the text that has most, V vocabulary.
+Source: Li & Liang, ACL 2021 (Prefix-tuning), whose templates, label masks and limits these are.
 """
 
+import gzip
 import hashlib
+import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import product, takewhile
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -32,14 +38,17 @@ from support.files import UsageError
 from support.images import Batched
 
 EOT = "<|endoftext|>"
-VOCABULARY = (
-    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"  # whence tiktoken has GPT-2's
-)
+VOCABULARY = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"  # tiktoken's source
 STRETCH = 100  # batches whose examples are sorted by length among themselves
 
 
-def encoding(name: str) -> tiktoken.Encoding:
-    """ "gpt2", or "bytes": a token for every byte, and <|endoftext|>. UsageError if GPT-2's cannot be fetched."""
+def encoding(name: str | tiktoken.Encoding) -> tiktoken.Encoding:
+    """ "gpt2", or "bytes": a token for every byte, and <|endoftext|>. An encoding stays as it is.
+
+    UsageError if GPT-2's vocabulary cannot be downloaded.
+    """
+    if isinstance(name, tiktoken.Encoding):
+        return name
     if name == "bytes":
         ranks = {bytes([byte]): byte for byte in range(256)}
         return tiktoken.Encoding(
@@ -51,14 +60,15 @@ def encoding(name: str) -> tiktoken.Encoding:
         urls = [f"{VOCABULARY}/{file}" for file in ("vocab.bpe", "encoder.json")]
         files = " and ".join(f"{url} as {hashlib.sha1(url.encode()).hexdigest()}" for url in urls)
         raise UsageError(
-            f"GPT-2's vocabulary cannot be fetched ({error}); save {files} in a folder, and name that folder in the "
-            "environment variable TIKTOKEN_CACHE_DIR"
+            f"GPT-2's vocabulary cannot be fetched ({error}); save {files} in a folder, and name "
+            "that folder in the environment variable TIKTOKEN_CACHE_DIR; "
+            "--backbone tiny_gpt needs no vocabulary"
         ) from error
 
 
 @dataclass
 class Pair:
-    """A source and all its references. group: "seen" or "unseen" in WebNLG's test set, where each is scored apart."""
+    """A source and all its references. group: "seen" or "unseen" in WebNLG's test set."""
 
     source: str
     references: list[str]
@@ -67,91 +77,127 @@ class Pair:
 
 @dataclass(frozen=True)
 class Template:
-    """A pair becomes the tokens of source, bos, target, eos, with `space` before and after either text.
+    """How a pair becomes tokens: lead, source, bos, target, eos, with `space` around either text.
 
-    With GPT-2's vocabulary the spaces before bos and eos are tokens of their own (220), as in the official code.
-    cut: the most tokens of a source, of a target to train on, and of any other target; None keeps them all.
-    longest: the most tokens that are written.
+    With GPT-2's vocabulary the spaces before bos and eos are tokens of their own (220), as in the
+    official code. cut: the most tokens of a source, of a target of train and val, and of one of
+    test; None keeps them all. longest: the most tokens that are written.
     """
 
     space: str = " "
     cut: tuple[int | None, int | None, int | None] = (None, None, None)
     longest: int = 100
+    lead: str = ""
 
 
 @dataclass
 class Text(Batched):
-    """One language task, the counterpart of pixels.Dataset. `final` is the split the protocol's last runs train on."""
+    """One language task, the counterpart of images.Dataset.
+
+    vocabulary: an encoding, or its name; it is loaded when the first token is asked for.
+    """
 
     task: str
-    encoding: tiktoken.Encoding
+    vocabulary: str | tiktoken.Encoding
     template: Template
     splits: dict[str, list[Pair]] = field(repr=False)  # train, val, test
-    final: str = "train"
+    final: str = "train"  # the split that the protocol's last runs train on
     classes: Sequence[str] = ()
     listing: None = None
     text: ClassVar[Literal[True]] = True
     unit: ClassVar = "texts"
-    made: dict = field(
-        default_factory=dict, init=False, repr=False
-    )  # split -> its tokens, once asked for
+    made: dict = field(default_factory=dict, init=False, repr=False)  # tokens of splits
 
-    def tokens(self, split: str) -> list[tuple[np.ndarray, list[np.ndarray]]]:
-        """Per source of a split: the tokens up to bos, from which generation starts, and those of every target."""
-        if split not in self.made:
-            pairs, (source, train, other) = self.splits[split], self.template.cut
-            references = [reference for pair in pairs for reference in pair.references]
-            sources = self.encode([pair.source for pair in pairs], source)
-            targets = iter(self.encode(references, train if split == "train" else other))
-            self.made[split] = [
-                (s, [next(targets) for _ in p.references])
-                for s, p in zip(sources, pairs, strict=True)
-            ]
-        return self.made[split]
+    @cached_property
+    def encoding(self) -> tiktoken.Encoding:
+        return encoding(self.vocabulary)
 
-    def encode(self, texts: list[str], cut: int | None) -> list[np.ndarray]:
-        space, encode, end = (
-            self.template.space,
-            self.encoding.encode_ordinary,
-            [self.encoding.eot_token],
-        )
-        bar = tqdm(texts, f"tokens of {self.task}", unit="text", leave=False, delay=2)
-        return [np.array(encode(f"{space}{text}{space}")[:cut] + end, np.int32) for text in bar]
-
-    def examples(self, split: str, fraction: float = 1.0) -> list[tuple[np.ndarray, np.ndarray]]:
-        """A split's (source, target) as tokens, one per reference. A smaller fraction is part of a larger one."""
-        examples = [
-            (source, target) for source, targets in self.tokens(split) for target in targets
-        ]
-        if fraction == 1:
-            return examples
-        order = np.random.default_rng(0).permutation(len(examples))
-        return [examples[i] for i in order[: max(1, round(fraction * len(examples)))]]
-
-    def order(self, examples: list, batch: int, rng: np.random.Generator | None) -> list[list]:
-        """Batches of like length, shuffled if there is an rng, else in order of length. One of them may be smaller."""
-        lengths = np.array([len(source) + len(target) for source, target in examples])
-        return [[examples[i] for i in rows] for rows in ordered(lengths, batch, rng)]
-
-    def gather(self, examples: list, rng: np.random.Generator | None) -> tuple[Tensor, ...]:
-        """Tokens (B, T), at (B, Q) and labels (B, Q), all int64."""
-        return gather(examples)
-
-    def must_fit(self, room: int, splits: Iterable[str]) -> None:
-        """UsageError if an example, or a prompt with all that may be written after it, has more than `room` tokens."""
-        for split in splits:
-            for (source, targets), pair in zip(self.tokens(split), self.splits[split], strict=True):
-                longest = len(source) + max(self.template.longest, *map(len, targets)) - 1
-                if longest > room:
-                    raise UsageError(
-                        f"a text of {self.task} needs {longest} of {room} positions; shorten '{pair.source[:40]}...' "
-                        "or, with a smaller --length, the prefix"
-                    )
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """A short digest of the classes (there are none) and of each split's pairs."""
+        digests = {}
+        for name, pairs in {"classes": [], **self.splits}.items():
+            made = hashlib.sha256()
+            for pair in pairs:
+                made.update(json.dumps([pair.source, pair.references, pair.group]).encode())
+            digests[name] = made.hexdigest()[:16]
+        return digests
 
     @property
     def metadata(self) -> dict:
         """What a trained model must know of its data to be used without them."""
         return {"classes": [], "template": asdict(self.template)}
+
+    def tokens(self, split: str) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+        """Per source of a split: its tokens up to bos, and those of every target."""
+        if split not in self.made:
+            pairs, (source, train, test) = self.splits[split], self.template.cut
+            references = [reference for pair in pairs for reference in pair.references]
+            sources = self.encode([self.template.lead + pair.source for pair in pairs], source)
+            targets = iter(self.encode(references, test if split == "test" else train))
+            self.made[split] = [
+                (tokens, [next(targets) for _ in pair.references])
+                for tokens, pair in zip(sources, pairs, strict=True)
+            ]
+        return self.made[split]
+
+    def encode(self, texts: list[str], cut: int | None) -> list[np.ndarray]:
+        """Each text with spaces around it as at most `cut` tokens, and the end."""
+        space, encode, end = (
+            self.template.space,
+            self.encoding.encode_ordinary,
+            self.encoding.eot_token,
+        )
+        bar = tqdm(texts, f"tokens of {self.task}", unit="text", leave=False, delay=2)
+        return [np.array([*encode(f"{space}{text}{space}")[:cut], end], np.int32) for text in bar]
+
+    def count(self, split: str, fraction: float = 1.0) -> int:
+        """How many examples there are. This needs no tokens."""
+        total = sum(len(pair.references) for pair in self.splits[split])
+        return total if fraction == 1 else max(1, round(fraction * total))
+
+    def examples(self, split: str, fraction: float = 1.0) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(source, target) as tokens, one per reference. A smaller fraction is part of a larger."""
+        pairs = [(source, target) for source, targets in self.tokens(split) for target in targets]
+        if fraction == 1:
+            return pairs
+        order = np.random.default_rng(0).permutation(len(pairs))
+        return [pairs[i] for i in order[: self.count(split, fraction)]]
+
+    def order(self, examples: list, batch: int, rng: np.random.Generator | None) -> list[list]:
+        """Batches of like length, shuffled if there is an rng, else in order of length."""
+        lengths = np.array([len(source) + len(target) for source, target in examples])
+        return [[examples[i] for i in rows] for rows in ordered(lengths, batch, rng)]
+
+    def gather(self, examples: list, rng: np.random.Generator | None) -> tuple[Tensor, ...]:
+        """Tokens (B, T), target_positions (B, Q) and labels (B, Q), all int64."""
+        return gather(examples)
+
+    def must_fit(self, room: int, splits: Iterable[str], length: int = 0) -> None:
+        """UsageError if an example, or a prompt and all that may be written, exceeds `room` tokens.
+
+        room: the positions of a backbone that the `length` vectors of a prefix leave.
+        """
+        needs = [
+            (len(tokens) + max(self.template.longest, *map(len, targets)) - 1, pair.source)
+            for split in splits
+            for (tokens, targets), pair in zip(self.tokens(split), self.splits[split], strict=True)
+        ]
+        longest, source = max(needs)
+        if longest <= room:
+            return
+        over, most = sum(need > room for need, _ in needs), room + length - longest
+        advice = f"--length {most} or less would do" if most > 0 else "a shorter prefix is no help"
+        raise UsageError(
+            f"{over:,} of {len(needs):,} texts of {self.task} do not fit: the longest needs "
+            f"{longest} of {room} positions ('{source[:40]}...'); take a backbone with a longer "
+            f"context, or shorten these texts; {advice}"
+        )
+
+    def prompts(self, split: str) -> list[tuple[list[int], Pair]]:
+        """Per source, however many its references: the tokens up to bos, and the pair."""
+        both = zip(self.tokens(split), self.splits[split], strict=True)
+        return [(tokens.tolist(), pair) for (tokens, _), pair in both]
 
     @property
     def decoding(self) -> dict:
@@ -160,13 +206,6 @@ class Text(Batched):
         banned = tuple(end[0] for end in ends if len(end) == 1)
         return {"max_new": self.template.longest, "eos": self.encoding.eot_token, "banned": banned}
 
-    def prompts(self, split: str) -> list[tuple[list[int], Pair]]:
-        """Per source, however many its references: the tokens up to bos, and the pair."""
-        return [
-            (s.tolist(), pair)
-            for (s, _), pair in zip(self.tokens(split), self.splits[split], strict=True)
-        ]
-
     def decode(self, tokens: Iterable[int]) -> str:
         """The text up to the first eos, stripped; bytes that are not UTF-8 become U+FFFD."""
         end = self.encoding.eot_token
@@ -174,10 +213,11 @@ class Text(Batched):
 
 
 def ordered(lengths: np.ndarray, batch: int, rng: np.random.Generator | None) -> list[np.ndarray]:
-    """The numbers of all examples as batches of like length: by length, or by length only inside random stretches."""
+    """The numbers of all examples as batches of like length. The last one may be smaller."""
     n = len(lengths)
     if rng is None:
         return np.split(np.argsort(lengths, kind="stable"), range(batch, n, batch))
+    # Shuffle, sort by length inside stretches of 100 batches, and shuffle the batches.
     shuffled = rng.permutation(n)
     order = shuffled[np.lexsort((lengths[shuffled], np.arange(n) // (STRETCH * batch)))]
     batches = np.split(order, range(batch, n, batch))
@@ -185,69 +225,133 @@ def ordered(lengths: np.ndarray, batch: int, rng: np.random.Generator | None) ->
 
 
 def gather(examples: list[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tensor, Tensor]:
-    """One batch: tokens (B, T), at (B, Q) and labels (B, Q). The last eos is a label only, since nothing follows it."""
+    """One batch: tokens (B, T), target_positions (B, Q) and labels (B, Q).
+
+    The last eos is a label only, since nothing follows it.
+    """
     B, Q = len(examples), max(len(target) for _, target in examples)
     T = max(len(source) + len(target) for source, target in examples) - 1
-    tokens, at, labels = (
-        np.zeros((B, T), np.int64),
-        np.zeros((B, Q), np.int64),
-        np.full((B, Q), -100),
-    )
+    tokens, positions = np.zeros((B, T), np.int64), np.zeros((B, Q), np.int64)
+    labels = np.full((B, Q), -100)
     for row, (source, target) in enumerate(examples):
         s, t = len(source), len(target)
         tokens[row, :s], tokens[row, s : s + t - 1] = source, target[:-1]
-        at[row] = (
-            s - 1 + np.minimum(np.arange(Q), t - 1)
-        )  # column s - 1 is bos; padding repeats the last
+        positions[row] = s - 1 + np.minimum(np.arange(Q), t - 1)  # bos is column s - 1
         labels[row, :t] = target
-    return torch.from_numpy(tokens), torch.from_numpy(at), torch.from_numpy(labels)
+    return torch.from_numpy(tokens), torch.from_numpy(positions), torch.from_numpy(labels)
 
 
-SYLLABLES = (
-    "ba",
-    "cor",
-    "del",
-    "fen",
-    "gal",
-    "jin",
-    "kar",
-    "lo",
-    "mir",
-    "nos",
-    "pel",
-    "qua",
-    "ri",
-    "sol",
-    "tam",
-    "wes",
-)
-VALUES = {  # of an attribute; owner and near are names
-    "food": ("Italian", "Indian", "Thai", "French", "Chinese", "Spanish", "Mexican", "Turkish"),
-    "price": ("cheap", "fair", "costly"),
-    "area": ("city centre", "riverside", "suburbs", "south", "harbour"),
-    "rooms": ("two", "three", "four", "five", "six", "seven", "nine", "ten"),
-    "goods": ("shoes", "bread", "fish", "tea", "books", "old coins", "glass", "maps"),
-    "subject": ("music", "German", "chess", "law", "Greek", "dance"),
-}
-WORDINGS = {
-    "food": ("serves {} food", "offers {} dishes"),
-    "price": ("has {} prices", "is {}"),
-    "area": ("lies in the {}", "can be found in the {}"),
-    "near": ("is near {}", "stands next to {}"),
-    "rooms": ("has {} rooms", "gives you {} rooms"),
-    "goods": ("sells {}", "is full of {}"),
-    "subject": ("teaches {}", "is good for {}"),
-    "owner": ("belongs to {}", "is owned by {}"),
-}
-KINDS = {
-    "hotel": ("price", "area", "near", "rooms"),
-    "museum": ("goods", "area", "near", "owner"),
-    "shop": ("goods", "price", "near", "owner"),
-    "school": ("subject", "area", "rooms", "price"),
-    "club": ("food", "near", "owner", "rooms"),
-    "market": ("food", "goods", "area", "near"),
-    "ship": ("food", "rooms", "owner", "goods"),
-}
+# Reading files of texts
+
+WHOLE = "put a whole copy in its place"
+
+
+def read(path: str | Path) -> str:
+    """The text of a file, gzipped or not, or of standard input (-). UsageError if not UTF-8."""
+    if str(path) == "-":
+        return sys.stdin.read().removeprefix("\ufeff")
+    try:
+        raw = Path(path).read_bytes()
+        raw = gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise UsageError(f"{path} cannot be read ({error}); {WHOLE}") from error
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UsageError(
+            f"{path} line {line}: not UTF-8; save the file in this encoding"
+        ) from error
+
+
+def lines(path: str | Path) -> Iterator[tuple[str, str]]:
+    """(its place, line) for every line that is not blank."""
+    for number, line in enumerate(read(path).split("\n"), 1):
+        if line.strip():
+            yield f"{path} line {number}", line.removesuffix("\r")
+
+
+def one_line(text: str) -> str:
+    """Any white space as one space: the decoder never writes a new line, so none is taught."""
+    return " ".join(text.split())
+
+
+def parsed(place: str, line: str) -> dict:
+    """A line of a .jsonl file. UsageError, with json's own words, if it is no object."""
+    try:
+        row = json.loads(line)
+    except RecursionError:
+        row = None
+    except ValueError as error:
+        column, reason = getattr(error, "colno", 1), getattr(error, "msg", error)
+        raise UsageError(f"{place}, column {column}: {reason}; mend it") from error
+    if isinstance(row, dict):
+        return row
+    raise UsageError(f"{place}: no object in braces, but {line[:40]}; mend it")
+
+
+def source_of(place: str, line: str) -> tuple[str, dict]:
+    """The source of a line of pairs, and the whole row."""
+    row = parsed(place, line)
+    if not isinstance(row.get("source"), str):
+        raise UsageError(f'{place}: no {{"source": "..."}}, but {line[:40]}; mend it')
+    return one_line(row["source"]), row
+
+
+def is_jsonl(name: str | Path) -> bool:
+    return str(name).lower().endswith((".jsonl", ".jsonl.gz"))
+
+
+def read_sources(path: str | Path) -> list[str]:
+    """The sources of a .jsonl file, or one per line of another text file or of standard input (-).
+
+    They are read as training reads them: byte order marks and line ends do not count, and white
+    space is one space.
+    """
+    found = list(lines(path))
+    if is_jsonl(path) or (str(path) == "-" and found and found[0][1].startswith("{")):
+        return [source_of(place, line)[0] for place, line in found]
+    return [one_line(line) for _, line in found]
+
+
+# Two made tasks. `restaurants` asks for combinations of values that its train split never shows.
+# `guidebook` is what the shipped tiny_gpt was trained on: the same words, but no restaurant.
+
+
+def table(text: str) -> dict[str, list[str]]:
+    """Lines of `name: value, value` as a dict."""
+    rows = [line.split(": ") for line in text.strip().split("\n")]
+    return {name: values.split(", ") for name, values in rows}
+
+
+VALUES = table("""
+syllable: ba, cor, del, fen, gal, jin, kar, lo, mir, nos, pel, qua, ri, sol, tam, wes
+food: Italian, Indian, Thai, French, Chinese, Spanish, Mexican, Turkish
+price: cheap, fair, costly
+area: city centre, riverside, suburbs, south, harbour
+rooms: two, three, four, five, six, seven, nine, ten
+goods: shoes, bread, fish, tea, books, old coins, glass, maps
+subject: music, German, chess, law, Greek, dance
+""")  # of an attribute; owner and near are names
+WORDINGS = table("""
+food: serves {} food, offers {} dishes
+price: has {} prices, is {}
+area: lies in the {}, can be found in the {}
+near: is near {}, stands next to {}
+rooms: has {} rooms, gives you {} rooms
+goods: sells {}, is full of {}
+subject: teaches {}, is good for {}
+owner: belongs to {}, is owned by {}
+""")
+KINDS = table("""
+hotel: price, area, near, rooms
+museum: goods, area, near, owner
+shop: goods, price, near, owner
+school: subject, area, rooms, price
+club: food, near, owner, rooms
+market: food, goods, area, near
+ship: food, rooms, owner, goods
+""")
 STYLES = (  # a sentence, and what joins the attributes in it
     ("{name} is a {kind}. It {}.", ". It "),
     ("The {kind} {name} {}.", " and "),
@@ -263,7 +367,7 @@ SAYINGS = (
 
 
 def name(rng: random.Random) -> str:
-    return "".join(rng.sample(SYLLABLES, 2)).capitalize()
+    return "".join(rng.sample(VALUES["syllable"], 2)).capitalize()
 
 
 def source(attributes: dict[str, str]) -> str:
@@ -271,6 +375,7 @@ def source(attributes: dict[str, str]) -> str:
 
 
 def distinct(make: Callable[[], Pair], n: int) -> list[Pair]:
+    """n pairs with n sources."""
     found: dict[str, Pair] = {}
     while len(found) < n:
         pair = make()
@@ -279,16 +384,15 @@ def distinct(make: Callable[[], Pair], n: int) -> list[Pair]:
 
 
 def guide(rng: random.Random) -> Pair:
+    """Two or three attributes of a place, told in a style and an order drawn at random."""
     kind, own = rng.choice(list(KINDS)), name(rng)
-    chosen = {
-        a: rng.choice(VALUES.get(a) or [name(rng)])
-        for a in rng.sample(KINDS[kind], rng.choice((2, 3)))
-    }
+    chosen = {}
+    for attribute in rng.sample(KINDS[kind], rng.choice((2, 3))):
+        chosen[attribute] = rng.choice(VALUES.get(attribute) or [name(rng)])
     style, joint = rng.choice(STYLES)
-    said = [
-        rng.choice(WORDINGS[a]).format(value)
-        for a, value in rng.sample(list(chosen.items()), len(chosen))
-    ]
+    said = []
+    for attribute, value in rng.sample(list(chosen.items()), len(chosen)):
+        said.append(rng.choice(WORDINGS[attribute]).format(value))
     return Pair(source({kind: own} | chosen), [style.format(joint.join(said), name=own, kind=kind)])
 
 
@@ -297,25 +401,24 @@ def guidebook() -> dict[str, list[Pair]]:
     return {"train": pairs[:40_000], "val": pairs[40_000:40_300], "test": pairs[40_300:]}
 
 
-def restaurant(rng: random.Random, meaning: tuple[str, str, str]) -> Pair:
-    attributes = {"restaurant": name(rng)} | dict(
-        zip(("food", "price", "area"), meaning, strict=True)
-    )
+def restaurant(rng: random.Random, food: str, price: str, area: str) -> Pair:
+    attributes = {"restaurant": name(rng), "food": food, "price": price, "area": area}
     attributes |= {"near": name(rng)} if rng.random() < 0.5 else {}
     beside = f" near {attributes['near']}" if "near" in attributes else ""
-    return Pair(
-        source(attributes), [saying.format(**attributes, beside=beside) for saying in SAYINGS]
-    )
+    texts = [saying.format(**attributes, beside=beside) for saying in SAYINGS]
+    return Pair(source(attributes), texts)
 
 
 def restaurants() -> dict[str, list[Pair]]:
-    """Of 120 combinations 80 are for train, 10 times each, 10 for val and 30 for test, 3 times each."""
-    rng, splits = random.Random(0), {}
+    """Of 120 combinations train has 80, 10 times each, val 10 and test 30, 3 times each."""
+    rng = random.Random(0)
     meanings = rng.sample(list(product(VALUES["food"], VALUES["price"], VALUES["area"])), 120)
-    for split, own, times in (
-        ("train", meanings[:80], 10),
-        ("val", meanings[80:90], 3),
-        ("test", meanings[90:], 3),
-    ):
-        splits[split] = [pair for m in own for pair in distinct(partial(restaurant, rng, m), times)]
-    return splits
+
+    def told(meanings: list[tuple], times: int) -> list[Pair]:
+        return [p for m in meanings for p in distinct(partial(restaurant, rng, *m), times)]
+
+    return {
+        "train": told(meanings[:80], 10),
+        "val": told(meanings[80:90], 3),
+        "test": told(meanings[90:], 3),
+    }

@@ -6,7 +6,8 @@
     prefix.safetensors     at the end: prefix and head, and what extras.sample must know to use them
     backbone.safetensors   at the end, if the backbone itself was trained
     curve.png              loss, and accuracy or val loss, over the epochs of a final run
-    generated.jsonl        of a text task: source, references and output
+    generated.jsonl        of a text task: source, references and output, in the test set's order
+    generated.txt          its outputs alone, one a line
 
 Every file is written under another name and renamed, so it is whole or absent. A run with a
 `state.pt` is not over and goes on from that file alone: a kill costs at most one epoch. Of a run
@@ -39,12 +40,13 @@ from support.files import UsageError, write
 from support.metrics import RULES, score
 
 BAR = {  # of every progress bar: in a log, a line every 30 seconds
-    "mininterval": 0.2 if sys.stderr.isatty() else 30,
+    "mininterval": 0.2 if sys.stderr and sys.stderr.isatty() else 30,
     "dynamic_ncols": True,
     "leave": None,
     "delay": 2,
 }
 UNSEEN = {"out", "data_dir", "device", "compile"}  # settings that may change during a run
+TYPED = {"task", "backbone"}  # how they were typed: what they hold is compared
 KEPT = ("config.json", "state.pt", "metrics.jsonl", "prefix.safetensors")
 WRITE = 16  # texts that are written at once
 
@@ -68,8 +70,16 @@ def run_lock(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (folder / ".lock").unlink(missing_ok=True)
-        lock.release()
+        # Delete the lock while it is held, so that nobody else's goes. Windows refuses to delete
+        # an open file; there, release it first. A lock that stays is free and harms nobody.
+        try:
+            (folder / ".lock").unlink(missing_ok=True)
+            lock.release()
+        except OSError:
+            lock.release()
+            with suppress(OSError):
+                (folder / ".lock").unlink(missing_ok=True)
+
         # Folders that this call made and nothing was put into.
         with suppress(OSError):
             for path in made:
@@ -77,30 +87,24 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def resume(
-    out: Path, settings: dict, model: nn.Module, optimizer: torch.optim.Optimizer
+    out: Path, identity: dict, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> list[dict]:
     """Bring model and optimizer to where the run in `out` stands; its metrics, [] for a new run.
 
-    UsageError if the folder holds a run with other settings, or files that do not fit or cannot be
-    read.
+    identity: "config", "fingerprint" of the backbone, and digests of the "data". UsageError if the
+    folder holds a run with another identity, or files that do not fit or cannot be read.
     """
     # A new run.
     if not any((out / name).exists() for name in KEPT):
-        write(out / "config.json", json.dumps(settings, indent=2).encode())
+        write(out / "config.json", json.dumps(identity, indent=2).encode())
         return []
     try:
         # The same run?
-        old = dict(json.loads((out / "config.json").read_bytes()))
-        if not settings.keys() <= old.keys():
-            raise ValueError("it was left by an older version")
-        clash = [
-            f"{name} {old[name]} (not {value})"
-            for name, value in settings.items()
-            if name not in UNSEEN and old[name] != value
-        ]
-        if clash:
+        old = json.loads((out / "config.json").read_bytes())
+        changed = differences(old, identity)
+        if changed:
             raise UsageError(
-                f"{out} holds a run with {', '.join(clash)}; "
+                f"{out} holds a run with {', '.join(changed)}; "
                 "choose another --out or delete that folder"
             )
 
@@ -117,6 +121,23 @@ def resume(
         raise UsageError(
             f"{out} cannot be resumed ({reason(error)}); delete that folder to start anew"
         ) from error
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """In what two runs differ, in words. ValueError for a run of an older version."""
+    if "config" not in old or not new["config"].keys() <= old["config"].keys():
+        raise ValueError("it was left by an older version")
+    changed = [
+        f"{name} {old['config'][name]} (not {value})"
+        for name, value in new["config"].items()
+        if name not in UNSEEN | TYPED and old["config"][name] != value
+    ]
+    if old["fingerprint"] != new["fingerprint"]:
+        changed.append(f"another backbone ({old['config']['backbone']}; its weights differ)")
+    parts = [part for part in new["data"] if old["data"].get(part) != new["data"][part]]
+    if parts:
+        changed.append(f"other data ({old['config']['task']}: {', '.join(parts)} differ)")
+    return changed
 
 
 def finished(out: Path, model: nn.Module) -> list[dict]:
@@ -308,8 +329,9 @@ def check_fit(config: Any, backbone: Any, data: Any, split: str) -> None:
         return
 
     # All that is read or written must fit beside the prefix, and every token must be known.
-    room = backbone.context - (config.length if config.tune == "prefix" else 0)
-    data.must_fit(room, {split, "val", "test" if config.final else "val"})
+    length = config.length if config.tune == "prefix" else 0
+    splits = {split, "val", "test" if config.final else "val"}
+    data.must_fit(backbone.context - length, splits, length)
     tokens = data.encoding.n_vocab
     if tokens > backbone.vocab:
         raise UsageError(
@@ -324,40 +346,55 @@ def check_fit(config: Any, backbone: Any, data: Any, split: str) -> None:
 # What a run reads, writes and prints.
 
 
-def batches(config: Any, data: Any, split: str, **order: Any) -> Iterator[tuple[Tensor, ...]]:
-    """data.batches on the device, copied while the GPU is still busy with the batch before.
+def batches(config: Any, data: Any, split: str, **order: Any) -> Iterator[tuple[int, tuple]]:
+    """(number of examples, data.batches on the device): copied while the GPU is still busy.
 
-    For a compiled step, a last batch of images is filled up: labels of -100 count nowhere.
+    For a compiled step, a batch of images that is not full is filled up, and so are a single text
+    and a single target: the compiler would make one more graph for each. Labels of -100 count
+    nowhere.
     """
     for batch in data.batches(split, config.batch, pin=config.device == "cuda", **order):
-        missing = config.batch - len(batch[0])
-        if config.compile and not data.text and missing:
+        examples = len(batch[0])
+        if config.compile and data.text:
+            tokens, positions, labels = batch  # (B, T), 2 x (B, Q)
+            row, column = int(examples == 1), int(labels.shape[1] == 1)
+            tokens = F.pad(tokens, (0, 0, 0, row))
+            positions = F.pad(positions, (0, column, 0, row))
+            batch = (tokens, positions, F.pad(labels, (0, column, 0, row), value=-100))
+        elif config.compile:
             pixels, labels = batch
+            missing = config.batch - examples
             pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, missing))  # (B, size, size, 3)
             batch = (pixels, F.pad(labels, (0, missing), value=-100))
-        yield tuple(tensor.to(config.device, non_blocking=True) for tensor in batch)
+        yield examples, tuple(tensor.to(config.device, non_blocking=True) for tensor in batch)
 
 
 @torch.inference_mode()
 def write_texts(config: Any, model: Any, backbone: Any, data: Any) -> dict[str, float]:
-    """Write a text for every source of the test split, keep them in generated.jsonl, score them."""
-    # Prompts of like length are written together.
-    prompts, pairs = zip(*sorted(data.prompts("test"), key=lambda both: len(both[0])), strict=True)
+    """Write a text for every source of the test split, keep them in its order, score them."""
+    # Prompts of like length are written together; each text then goes back to its place.
+    prompts, pairs = zip(*data.prompts("test"), strict=True)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     writer = model.backbone or backbone
-    outputs: list[str] = []
+    outputs = [""] * len(pairs)
     bar = tqdm(desc="test", total=len(pairs), unit="text", **BAR)
     with torch.autocast(config.device, torch.bfloat16, enabled=use_bf16(config, backbone)):
         prefix_kv = model.eval().prefix_kv(backbone)  # (depth, 2, H, L, Dh)
-        for start in range(0, len(prompts), WRITE):
-            some = prompts[start : start + WRITE]
-            made = writer.generate(some, prefix_kv, config.beams, **data.decoding)
-            outputs += [data.decode(tokens) for tokens in made]
+        for start in range(0, len(order), WRITE):
+            some = order[start : start + WRITE]
+            made = writer.generate(
+                [prompts[i] for i in some], prefix_kv, config.beams, **data.decoding
+            )
+            for i, tokens in zip(some, made, strict=True):
+                outputs[i] = data.decode(tokens)
             bar.update(len(made))
     bar.close()
 
     # Keep them, then score them.
     rows = [asdict(pair) | {"output": output} for pair, output in zip(pairs, outputs, strict=True)]
     write(Path(config.out) / "generated.jsonl", lines(rows))
+    text = "".join(" ".join(output.split()) + "\n" for output in outputs)
+    write(Path(config.out) / "generated.txt", text.encode())
     rules = config.task if config.task in RULES else "plain"
     scores, missing = score(outputs, pairs, rules)
     for sentence in missing:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import data as data_module
-from data import ASSETS, UsageError, load
+from data import ASSETS, Dataset, UsageError, load
 from support import runs
 from train import Config, TunedModel, make_optimizer, open_backbone, resolve, train
 from vit import ViT
@@ -39,13 +39,14 @@ def refused(path: Path, use: Callable, expected: object) -> None:
     assert use() == expected
 
 
-def resumed(config: Config, backbone: ViT) -> tuple:
+def resumed(config: Config, backbone: ViT, data: Dataset) -> tuple:
     """The weights, momentum and metrics with which a run goes on."""
     torch.manual_seed(1)
     model = TunedModel(config, backbone, 10)
     optimizer = make_optimizer(config, model)
     settings = json.loads(json.dumps(vars(config)))
-    history = runs.resume(Path(config.out), settings, model, optimizer)
+    identity = {"config": settings, "fingerprint": backbone.fingerprint, "data": data.identity}
+    history = runs.resume(Path(config.out), identity, model, optimizer)
     return history, [p.tolist() for p in model.parameters()], str(optimizer.state_dict())
 
 
@@ -53,22 +54,22 @@ def resumed(config: Config, backbone: ViT) -> tuple:
 def test_a_damaged_run_is_refused_and_metrics_are_healed(method, frozen, digits16, tmp_path):
     config = resolve(Config(**QUICK | method, out=str(tmp_path)))
     train(config, frozen, digits16, stop=2)
-    expected = resumed(config, frozen)
+    expected = resumed(config, frozen, digits16)
     for name in ("state.pt", "config.json"):
-        refused(tmp_path / name, lambda: resumed(config, frozen), expected)
+        refused(tmp_path / name, lambda: resumed(config, frozen, digits16), expected)
     (tmp_path / "metrics.jsonl").write_bytes(b"garbage")  # state.pt knows them
-    assert resumed(config, frozen) == expected
+    assert resumed(config, frozen, digits16) == expected
 
     train(config, frozen, digits16)
-    expected = resumed(config, frozen)
+    expected = resumed(config, frozen, digits16)
     names = ["prefix.safetensors", "config.json"]
     names += ["backbone.safetensors"] if "tune" in method else []
     for name in names:
-        refused(tmp_path / name, lambda: resumed(config, frozen), expected)
+        refused(tmp_path / name, lambda: resumed(config, frozen, digits16), expected)
     metrics = (tmp_path / "metrics.jsonl").read_bytes()
     for damaged in (b"", b"garbage", metrics[:50]):  # prefix.safetensors knows them
         (tmp_path / "metrics.jsonl").write_bytes(damaged)
-        assert resumed(config, frozen) == expected
+        assert resumed(config, frozen, digits16) == expected
         assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
     refused(
         tmp_path / "prefix.safetensors", lambda: runs.metadata(tmp_path)["history"], expected[0]
@@ -110,8 +111,9 @@ def test_a_run_that_says_done_and_has_no_weights_is_refused(frozen, digits16, tm
 def test_a_run_of_an_older_version_is_refused_in_one_sentence(frozen, digits16, tmp_path):
     config = resolve(Config(**QUICK, out=str(tmp_path)))
     train(config, frozen, digits16, stop=1)
-    settings = json.loads((tmp_path / "config.json").read_text())
-    del settings["beams"]
-    (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(UsageError, match=r"older version.*; delete that folder"):
-        train(config, frozen, digits16)
+    identity = json.loads((tmp_path / "config.json").read_text())
+    older = {name: value for name, value in identity["config"].items() if name != "beams"}
+    for old in (identity["config"], identity | {"config": older}):
+        (tmp_path / "config.json").write_text(json.dumps(old))
+        with pytest.raises(UsageError, match=r"older version.*; delete that folder"):
+            train(config, frozen, digits16)

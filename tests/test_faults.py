@@ -3,6 +3,7 @@
 pytest -m long tests/test_faults.py         real processes, many times
 """
 
+import contextlib
 import json
 import os
 import random
@@ -397,3 +398,39 @@ def test_of_two_processes_on_one_cache_the_second_takes_over_when_the_first_is_k
     assert code == 0
     assert "another process is making" in said
     assert load(str(tmp_path / "mine"), tmp_path / "data", 224).count("train") == 160
+
+
+def test_where_an_open_file_cannot_be_deleted_a_run_ends_well(
+    frozen, digits16, tmp_path, monkeypatch
+):
+    """As on Windows: unlink of a file that this process has open fails."""
+    unlink = os.unlink
+
+    def windows(path, *words, **named):
+        held = set()
+        for number in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                held.add(os.readlink(f"/proc/self/fd/{number}"))
+        if os.path.abspath(path) in held:
+            raise PermissionError(13, "The process cannot access the file", str(path))
+        return unlink(path, *words, **named)
+
+    monkeypatch.setattr(os, "unlink", windows)
+    monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: windows(path))
+    for last in ("first", "again"):
+        with (tmp_path / "open").open("w"), pytest.raises(PermissionError):
+            (tmp_path / "open").unlink()
+        quick = {"fraction": 0.05, "epochs": 2, "length": 2, "lr": 1.0, "wd": 0.001}
+        config = Config(**quick, device="cpu", out=str(tmp_path / "run"))
+        assert train(config, frozen, digits16).status == "done", last
+        assert not (tmp_path / "run" / ".lock").exists()
+
+    # A clean-up step never turns success into failure.
+    def never(path, *words, **named):
+        raise PermissionError(13, "The process cannot access the file", str(path))
+
+    monkeypatch.setattr(os, "unlink", never)
+    monkeypatch.setattr(Path, "unlink", never)
+    config = replace(config, out=str(tmp_path / "kept"))
+    assert train(config, frozen, digits16).status == "done"
+    assert train(config, frozen, digits16).status == "done"

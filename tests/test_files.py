@@ -197,6 +197,7 @@ def test_closed_streams_do_no_harm(capsys, monkeypatch):
         getattr(sys, name).close()
 
 
+@pytest.mark.slow
 def test_torch_compile_without_a_compiler_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", str(tmp_path / "no compiler"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

@@ -209,7 +209,10 @@ def test_a_pickle_in_the_place_of_a_checkpoint_or_an_asset_is_refused_and_not_ru
     ran, out = tmp_path / "ran", tmp_path / "run"
     out.mkdir()
     config = resolve(Config(out=str(out), device="cpu"))
-    (out / "config.json").write_text(json.dumps(vars(config)))
+    backbone = train.load_backbone(config)
+    identity = {"config": vars(config), "fingerprint": backbone.fingerprint}
+    identity["data"] = data.load("digits", image_size=32).identity
+    (out / "config.json").write_text(json.dumps(identity))
     torch.save({"model": Payload(ran), "optimizer": {}, "history": []}, out / "state.pt")
     assert train.main(["--out", str(out), "--device", "cpu"]) == 2
     assert "cannot be resumed" in capsys.readouterr().err

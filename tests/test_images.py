@@ -1,7 +1,7 @@
 """images.py: torchvision's own pipeline makes the same pixels, bit for bit; decoded once."""
 
 import json
-import multiprocessing
+import multiprocessing.synchronize
 import os
 import re
 import signal
@@ -184,9 +184,20 @@ def test_a_truncated_cache_a_missing_and_an_unreadable_image_are_named(tmp_path)
     files = odd_images(tmp_path / "images")
     prepare(tmp_path / "cache", "t", tmp_path / "images", files, 32)
     (cached,) = (tmp_path / "cache").glob("*.pixels")
-    cached.write_bytes(cached.read_bytes()[:-1000])
-    with pytest.raises(UsageError, match="damaged; delete it"):
-        prepare(tmp_path / "cache", "t", tmp_path / "images", files, 32)
+    whole = cached.read_bytes()
+    for content in (
+        whole[:-1000],
+        whole[:20],
+        b"",
+        b"\0" + whole[1:],
+        bytes(len(whole)),
+        whole[40:],
+    ):
+        cached.write_bytes(content)
+        with pytest.raises(UsageError, match="damaged; delete it"):
+            prepare(tmp_path / "cache", "t", tmp_path / "images", files, 32)
+    cached.write_bytes(whole)
+    assert len(prepare(tmp_path / "cache", "t", tmp_path / "images", files, 32)) == len(files)
     with pytest.raises(UsageError, match=re.escape("gone.jpg belongs to t but cannot be had")):
         prepare(tmp_path / "cache", "t", tmp_path / "images", [*files, ("gone.jpg", 0)], 32)
     (tmp_path / "images" / "broken.jpg").write_bytes(
@@ -205,6 +216,16 @@ def test_a_full_disk_while_decoding_is_one_sentence_and_leaves_nothing(tmp_path,
     with pytest.raises(UsageError, match=r"cannot be written \(No space left\)"):
         prepare(tmp_path / "cache", "t", tmp_path / "images", files, 32)
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+
+
+def test_decoding_needs_no_shared_memory(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(28, "No space left on device: /dev/shm")
+
+    files = many(tmp_path / "images", 150)
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", refuse)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
+    assert len(prepare(tmp_path / "cache", "t", tmp_path / "images", files, 32)) == 150
 
 
 MEMORY = """

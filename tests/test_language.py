@@ -1,4 +1,4 @@
-"""train.py with texts: the loss of targets alone, Li & Liang's optimiser, resuming, writing and scoring a test set."""
+"""train.py with texts: the loss of targets, the optimizer, resuming, writing and scoring."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from data import load
 from extras import sample
-from extras.explain import gates_of
+from extras.explain import attention_of
 from gpt import GPT
 from support import language
 from support.corpora import Pair, Template, Text, encoding
@@ -191,9 +191,13 @@ def test_the_test_set_is_written_once_per_source_with_its_references_and_scored(
         json.loads(line) for line in (tmp_path / "run" / "generated.jsonl").read_text().splitlines()
     ]
     data = load(config.task, encoding="bytes")
-    assert {row["source"]: row["references"] for row in rows} == {
-        p.source: p.references for p in data.splits["test"]
-    }
+    assert [(row["source"], row["references"]) for row in rows] == [
+        (p.source, p.references) for p in data.splits["test"]
+    ]
+    lengths = [len(row["source"]) for row in rows]
+    assert lengths != sorted(lengths)  # the order of the test set is not that of the batches
+    plain = (tmp_path / "run" / "generated.txt").read_text()
+    assert plain == "".join(f"{row['output']}\n" for row in rows)
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"sacreBLEU", "rouge1", "rouge2", "rougeL", "status"} <= metrics.keys()
     assert (tmp_path / "run" / "curve.png").stat().st_size > 1000
@@ -214,8 +218,8 @@ def test_the_test_set_is_written_once_per_source_with_its_references_and_scored(
 def test_the_shares_of_prefix_and_tokens_sum_to_one_in_a_gpt_too(config):
     gpt, data = load_backbone(config), load(config.task, encoding="bytes")
     train(config, gpt, data)
-    run = sample.open_run(Path(config.out), sample.Options())
-    attn_weights = gates_of(run.backbone, torch.arange(9)[None], run.prefix_kv)
+    run = sample.load_run(config.out)
+    attn_weights = attention_of(run.backbone, torch.arange(9)[None], run.prefix_kv)
     for gate in attn_weights:  # (1, H, T, L + T)
         assert gate.shape[-1] == 4 + 9
         torch.testing.assert_close(
@@ -249,9 +253,11 @@ def test_a_task_with_a_text_that_is_too_long_is_refused_before_it_is_trained(
     )
     words = [f"--task={path}", f"--backbone={config.backbone}", f"--out={config.out}", "--length=4"]
     assert main(words) == 2
-    assert (
-        "needs 302 of 252 positions; shorten 'xxxx" in capsys.readouterr().err
-    )  # 200, two spaces, bos, 100 - 1
+    error = capsys.readouterr().err  # 200, two spaces, bos, 100 - 1
+    assert "1 of 21 texts of" in error
+    assert "do not fit: the longest needs 302 of 252 positions ('xxxx" in error
+    assert "take a backbone with a longer context" in error
+    assert "a shorter prefix is no help" in error
     assert not Path(config.out).exists()
 
 

@@ -1,19 +1,34 @@
 """sample.py and explain.py: it predicts as train.py does, and its pictures show what they say."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from data import ASSETS, load, normalise
-from extras.explain import cosines, effective_rank, gates_of, last_layer, prefix_share, rollout
-from extras.sample import Options, main, open_run
+from data import ASSETS, TASKS, load
+from extras.explain import (
+    altered,
+    attention_of,
+    cosines,
+    effective_rank,
+    last_layer,
+    prefix_share,
+    rollout,
+)
+from extras.sample import load_run, main, untrained
 from support import runs as run_folder
+from support.files import UsageError
 from support.images import stratified
 from train import Config, load_backbone, train
 
@@ -22,7 +37,7 @@ QUICK = {"task": "digits", "fraction": 0.2, "epochs": 2, "length": 4, "lr": 2.5,
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    """Finished runs on digits: a prefix with shared and with separate keys and values, and one of full tuning."""
+    """Finished runs on digits: Deep-share, No-share and full fine-tuning."""
     folder, data = tmp_path_factory.mktemp("runs"), load("digits", image_size=32)
     methods = {
         "deep": {"share": "deep"},
@@ -97,25 +112,25 @@ def test_an_unreadable_file_is_named_and_skipped(runs, pictures, tmp_path, capsy
 def test_the_shares_of_prefix_and_tokens_sum_to_one_and_without_a_prefix_nothing_changes(
     runs, small_vit
 ):
-    run, images = open_run(runs["deep"], Options()), torch.randn(3, 3, 32, 32)
-    attn_weights = gates_of(run.backbone, images, run.prefix_kv)
-    share = prefix_share(attn_weights, tokens=17)  # (layers, B, H, 1)
-    assert share.shape == (8, 3, 4, 1)
-    on_tokens = torch.stack([gate[:, :, -1:, 4:].sum(-1) for gate in attn_weights])
+    run, images = load_run(runs["deep"]), torch.randn(3, 3, 32, 32)
+    attn_weights = attention_of(run.backbone, images, run.prefix_kv)
+    share = prefix_share(attn_weights, tokens=17)  # (layers, B, H)
+    assert share.shape == (8, 3, 4)
+    on_tokens = torch.stack([w[:, :, 0, 4:].sum(-1) for w in attn_weights])
     torch.testing.assert_close(share + on_tokens, torch.ones_like(share))
     assert share.min() > 0
     empty = run.prefix_kv[..., :0, :]  # L = 0
     for look in (last_layer, rollout):
-        without = look(gates_of(run.backbone, images, None), 17)
+        without = look(attention_of(run.backbone, images, None), 17)
         torch.testing.assert_close(
-            look(gates_of(run.backbone, images, empty), 17), without, atol=0, rtol=0
+            look(attention_of(run.backbone, images, empty), 17), without, atol=0, rtol=0
         )
         torch.testing.assert_close(without.sum(-1), torch.ones(3))
         assert (look(attn_weights, 17) - without).abs().max() > 1e-4
 
 
 def test_maps_are_upright(runs):
-    """A gate that looks at one patch alone lights up the place of that patch: here the top right corner."""
+    """Attention to one patch alone lights up the place of that patch: the top right corner."""
     tokens, corner = 17, 1 + 3  # CLS, then the first row of four patches
     attn_weights = [torch.full((1, 2, tokens, tokens), 1e-6) for _ in range(2)] + [
         torch.full((1, 2, 1, tokens), 1e-6)
@@ -127,7 +142,8 @@ def test_maps_are_upright(runs):
         assert seen.argmax() == 3
     image = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
     image[:, :8, 24:] = 255  # the model's own first layer sees it in the same place
-    patches = open_run(runs["deep"], Options()).backbone.patch_embed(normalise(image))
+    vit = load_run(runs["deep"]).backbone
+    patches = vit.patch_embed(vit.normalise(image))
     assert (patches - patches.median(1, keepdim=True).values).norm(dim=-1).argmax() == 3
 
 
@@ -199,3 +215,165 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert sentence in error
+
+
+def test_predict_takes_a_path_a_picture_an_array_and_a_mixed_list(runs, pictures):
+    run, paths = load_run(runs["deep"]), sorted(pictures.iterdir())[:3]
+    opened = [Image.open(path) for path in paths]  # a PIL image that is read closes its file
+    arrays = [np.asarray(image) for image in opened]
+    expected = run.predict(paths)
+    assert [list(chances) == sorted(chances, key=chances.get)[::-1] for chances in expected] == [
+        True
+    ] * 3
+    assert set(expected[0]) == set(run.classes)
+    assert sum(expected[0].values()) == pytest.approx(1)
+    assert run.predict(opened) == run.predict(arrays) == expected
+    assert run.predict([str(paths[0]), opened[1], arrays[2]]) == expected
+    assert run.predict(paths[0]) == run.predict(opened[0]) == run.predict([paths[0]])
+    assert run.predict([]) == []
+    assert expected[0] != expected[1]
+
+
+def test_an_image_that_cannot_be_read_is_named_in_one_error(runs, pictures, tmp_path):
+    run, whole = load_run(runs["deep"]), sorted(pictures.iterdir())[0]
+    (tmp_path / "broken.png").write_bytes(whole.read_bytes()[:60])
+    cut = Image.open(tmp_path / "broken.png")
+    for images, named in (
+        ([whole, tmp_path / "broken.png"], "broken.png"),
+        ([whole, tmp_path / "gone.png"], "gone.png"),
+        ([whole, cut], "image 1 "),
+        ([np.zeros((8, 8, 7), np.uint8)], "image 0 "),
+        ([np.zeros((8, 8), np.float32)], "image 0 "),
+    ):
+        with pytest.raises(UsageError, match=named):
+            run.predict(images)
+    cut.close()
+    with pytest.raises(UsageError, match="is a run on images"):
+        run.generate(["name : Aromi"])
+
+
+RELOAD = """
+import sys, torch
+from safetensors.torch import load_file
+from extras.sample import load_run
+run = load_run(sys.argv[1], device="cpu")
+torch.save(run.logits(load_file(sys.argv[2])["pixels"]), sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("share", ["deep", "simple"])
+def test_a_new_process_predicts_bit_for_bit_what_the_training_ended_with(share, tmp_path):
+    config = Config(**QUICK | {"share": share, "out": str(tmp_path / "run"), "device": "cpu"})
+    backbone, data = load_backbone(config), load("digits", image_size=32)
+    result = train(config, backbone, data)
+    pixels, _ = next(data.batches("test", 64))  # (64, 32, 32, 3)
+    with torch.no_grad():
+        kv = result.model.eval().prefix_kv(backbone)
+        expected = result.model.classify(backbone, pixels, kv)
+    save_file({"pixels": pixels}, tmp_path / "pixels.safetensors")
+    paths = [tmp_path / name for name in ("run", "pixels.safetensors", "logits.pt")]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", RELOAD, *map(str, paths)]
+    subprocess.run(command, cwd=ASSETS.parent, env=os.environ | threads, check=True)
+    assert torch.equal(torch.load(paths[2]), expected)
+    assert not torch.equal(expected[:1], expected[1:2])
+
+    # and so it does if the file holds no keys and values, only what made them
+    path = tmp_path / "run" / "prefix.safetensors"
+    facts = {name: json.dumps(value) for name, value in run_folder.metadata(path.parent).items()}
+    kept = load_file(path)
+    kept.pop("prefix_kv", None)
+    save_file(kept, path, facts)
+    assert torch.equal(load_run(path.parent, device="cpu").logits(pixels), expected)
+
+
+def test_two_runs_share_one_batch_each_with_its_own_prefix_and_head(runs):
+    deep, none = load_run(runs["deep"]), load_run(runs["none"])
+    pixels = load("digits", image_size=32).batches("test", 4)
+    pixels, _ = next(pixels)  # (4, 32, 32, 3)
+    separate = [deep.logits(pixels[:2]), none.logits(pixels[2:])]
+    kv = torch.stack([deep.prefix_kv] * 2 + [none.prefix_kv] * 2, dim=2)  # (depth, 2, 4, H, L, Dh)
+    features = deep.backbone(deep.backbone.normalise(pixels), kv)  # (4, D)
+    together = [deep.model.head(features[:2]), none.model.head(features[2:])]
+    torch.testing.assert_close(together, separate, atol=1e-5, rtol=0)  # another batch size
+    assert not torch.allclose(deep.logits(pixels[2:]), separate[1], atol=1e-2)
+
+
+def test_the_same_experts_in_another_order_and_a_mean_of_equal_experts_change_nothing(runs):
+    kv = load_run(runs["deep"]).prefix_kv
+    changed = altered(kv)
+    assert all(value.shape == kv.shape for value in list(changed.values())[:3])
+    equal = altered(kv[..., :1, :].expand_as(kv))
+    for value in list(equal.values())[:3]:
+        torch.testing.assert_close(value, equal["as trained"])
+    keys, values = changed["with values rotated among keys"].unbind(1)
+    assert torch.equal(keys, kv[:, 0])
+    assert torch.equal(values[:, :, 1], kv[:, 1, :, 0])
+    assert not torch.equal(values, kv[:, 1])
+
+
+def test_experts_are_tested_as_trained_and_altered_if_the_data_are_there(
+    runs, tmp_path, capsys, monkeypatch
+):
+    (line,) = said(capsys, runs["deep"], "--experts", "--out", tmp_path)
+    (run,) = line["runs"]
+    metrics = json.loads((runs["deep"] / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 100 * run["test accuracy"]["as trained"] == metrics["test"]
+    assert len(run["test accuracy"]) == 4
+    gone = replace(TASKS["digits"], here=lambda root: False)
+    monkeypatch.setitem(TASKS, "digits", gone)
+    assert main([str(runs["deep"]), "--experts", "--out", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert "%" not in out
+    assert err.count("no test accuracies") == 1
+    assert "data.py digits" in err
+
+
+def test_no_picture_overwrites_another_of_this_call_or_an_earlier_one(
+    runs, pictures, tmp_path, capsys
+):
+    some = sorted(pictures.iterdir())[:2]
+    for name, path in zip("ab", some, strict=True):
+        (tmp_path / name).mkdir()
+        shutil.copy(path, tmp_path / name / "00.png")
+    inputs = [tmp_path / "a" / "00.png", tmp_path / "b" / "00.png"]
+    lines = [
+        line
+        for _ in range(2)
+        for line in said(capsys, runs["deep"], *inputs, "--explain", "--out", tmp_path)
+    ]
+    drawn = [Path(line["picture"]).read_bytes() for line in lines]
+    assert len({line["picture"] for line in lines}) == 4
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
+def test_before_training_the_grey_line_is_the_prefix_that_the_run_started_from(tmp_path):
+    config = Config(**QUICK | {"lr": 1e-9, "share": "deep", "out": str(tmp_path), "device": "cpu"})
+    train(config, load_backbone(config), load("digits", image_size=32))
+    run = load_run(tmp_path)
+    torch.testing.assert_close(untrained(run), run.prefix_kv, atol=1e-6, rtol=0)
+    other = replace(run, config=replace(run.config, seed=43))
+    assert not torch.allclose(untrained(other), run.prefix_kv, atol=1e-3)
+
+
+def test_the_timm_snippet_of_the_docs_computes_the_same_logits(runs, tmp_path, monkeypatch):
+    page = (ASSETS.parent / "docs" / "using.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "timm" in block]
+    assert len(code.strip().splitlines()) <= 25
+    run = load_run(runs["deep"])
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 8, "num_heads": 4}
+    plain = timm.models.VisionTransformer(**sizes, num_classes=0).eval()
+    plain.load_state_dict(run.backbone.state_dict())
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: plain)
+    pixels, _ = next(load("digits", image_size=32).batches("test", 5))
+    known = {"images": run.backbone.normalise(pixels)}
+    kept = load_file(runs["deep"] / "prefix.safetensors")
+    (tmp_path / "RUN").mkdir()
+    save_file(
+        kept | {"prefix_kv": run.prefix_kv.contiguous()}, tmp_path / "RUN" / "prefix.safetensors"
+    )
+    monkeypatch.chdir(tmp_path)
+    without = plain(known["images"])
+    exec(code, known)
+    torch.testing.assert_close(known["logits"], run.logits(pixels), atol=1e-4, rtol=0)
+    assert not torch.allclose(plain(known["images"]), without, atol=1e-2)

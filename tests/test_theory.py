@@ -87,9 +87,7 @@ def test_the_model_is_an_attention_head_of_vit_py_with_a_prefix(world):
     torch.testing.assert_close(f[0].T, out, atol=1e-12, rtol=0)
     torch.testing.assert_close(gate[0].T, gates[0][:, 0, 0, :3], atol=1e-12, rtol=0)
     prefix[0, 0, :, 2] = 0  # without b
-    assert not torch.allclose(
-        f[0].T, head(torch.stack(tokens, 1), prefix)[:, 0, :2], atol=1e-3
-    )
+    assert not torch.allclose(f[0].T, head(torch.stack(tokens, 1), prefix)[:, 0, :2], atol=1e-3)
 
 
 TRUE = rows([0, 0, 0, 0, 0], [math.log(2), 10, 0, 0, 10])  # two experts of mass 1 and 2

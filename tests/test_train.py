@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import train as train_module
-from data import Dataset, Split, load
+from data import Dataset, Split, UsageError, load
 from support import files
 from train import (
     Config,
@@ -358,3 +359,87 @@ def test_the_command_line_has_every_option_with_its_help():
         assert " ".join(option.metadata["help"].split()[:3]) in text
     assert Config(**vars(parser("").parse_args(["--shared"]))) == Config(share="deep")
     assert Config(**vars(parser("").parse_args([]))) == Config()
+
+
+def test_a_run_knows_its_backbone_and_its_data(frozen, digits16, tmp_path):
+    quick = QUICK | {"device": "cpu"}
+    other = ViT(**frozen.sizes)
+    other.fingerprint = "other"
+    swapped = replace(digits16, splits=digits16.splits | {"val": digits16.splits["test"]})
+    renamed = replace(digits16, classes=[f"digit {name}" for name in digits16.classes])
+    for stop in (1, None):  # under way, and over
+        config = Config(**quick, out=str(tmp_path / str(stop)))
+        train(config, frozen, digits16, stop)
+        before = {path.name: path.read_bytes() for path in Path(config.out).iterdir()}
+        clashes = {
+            "another backbone": (other.requires_grad_(False), digits16),
+            r"other data \(digits: val differ": (frozen, swapped),
+            r"other data \(digits: classes differ": (frozen, renamed),
+        }
+        for expected, (backbone, data) in clashes.items():
+            with pytest.raises(UsageError, match=expected):
+                train(config, backbone, data)
+        assert {path.name: path.read_bytes() for path in Path(config.out).iterdir()} == before
+        same = replace(digits16, splits=dict(digits16.splits))
+        assert train(config, frozen, same).status == "done"
+
+
+def photos(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        path = folder / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(path)
+    return folder
+
+
+def test_own_images_are_the_same_however_their_path_is_typed_and_other_when_they_change(
+    small, tmp_path, capsys, monkeypatch
+):
+    folder = photos(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    words = ["--backbone", small, "--epochs", "1", "--length", "2", "--out", "run", "--lr", "0.1"]
+    for path in ("photos", "photos/", "./photos", str(folder)):
+        assert main(["--task", path, *words]) == 0
+    capsys.readouterr()
+    listing = (tmp_path / "run" / "split.json").read_bytes()
+    Image.new("RGB", (20, 20)).save(folder / "class0" / "0.png")
+    assert main(["--task", "photos", *words]) == 2
+    assert "holds a run with other data (" in capsys.readouterr().err
+    (folder / "class0").rename(folder / "class2")
+    assert main(["--task", "photos", *words]) == 2
+    assert "classes" in capsys.readouterr().err
+    assert (tmp_path / "run" / "split.json").read_bytes() == listing
+
+
+def test_the_head_computes_in_fp32_under_autocast(small_vit):
+    model = TunedModel(resolve(Config(tune="linear")), small_vit, 200)
+    features = torch.randn(50, small_vit.dim)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.logits(features)
+    assert torch.equal(logits, model.head(features))
+    assert not torch.equal(logits.bfloat16().float(), logits)  # what rounding would lose
+
+
+def test_a_text_run_compiles_two_graphs_though_a_batch_has_one_text(tmp_path, monkeypatch):
+    pairs = [{"source": f"name {i}" * (1 + i % 3), "target": f"It is {i}."} for i in range(27)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    quick = {"task": str(path), "epochs": 2, "batch": 7, "lr": 1e-3, "final": False}
+    config = Config(**quick, backbone="scratch_gpt", device="cpu", out=str(tmp_path / "eager"))
+    backbone = load_backbone(config)
+    data = load(config.task, **backbone.inputs)
+    assert data.count("train") % 7 == 1
+    eager = train(config, backbone, data)
+
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, dynamic: compiler(f, dynamic=dynamic, backend="eager")
+    )
+    compiled = train(replace(config, compile=True, out=str(tmp_path / "compiled")), backbone, data)
+    assert counters["stats"]["unique_graphs"] == 2  # of training and of evaluation
+    for ours, theirs in zip(compiled.history, eager.history, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)

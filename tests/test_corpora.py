@@ -1,8 +1,10 @@
-"""corpora.py: from files in the official formats to pairs of source and references, in the official template."""
+"""corpora.py: from files in the layouts that people have to pairs, in the official template."""
 
+import gzip
 import hashlib
 import io
 import json
+import sys
 import tarfile
 from pathlib import Path
 
@@ -16,14 +18,15 @@ from support.files import UsageError
 from support.language import EOT
 
 BYTES = encoding("bytes")
-E2E = {  # commas, quotes, a line break in a reference, several references apart from each other, non-ASCII text
+# Commas, quotes, a line break in a reference, references apart from each other, non-ASCII text.
+E2E = {
     "trainset.csv": """mr,ref
-"name[Alimentum], area[city centre], familyFriendly[no]","There is a place in the city centre, Alimentum, that is not."
-"name[The ""Eagle""], eatType[coffee shop], priceRange[£20-25], customer rating[5 out of 5]","The ""Eagle""
+"name[Alimentum], area[city centre], familyFriendly[no]","There is a place, Alimentum, that is not."
+"name[The ""Eagle""], eatType[coffee shop], priceRange[£20-25], rating[5 out of 5]","The ""Eagle""
 is  good."
 "name[Alimentum], area[city centre], familyFriendly[no]",Alimentum is no place for kids.
 """,
-    "devset.csv": '\ufeffmr,ref\r\n"name[Café Rouge], near[Crowne Plaza Hotel]",Café Rouge is naïve.\r\n',
+    "devset.csv": '\ufeffmr,ref\r\n"name[Café Rouge], near[Crowne Plaza]",Café Rouge is naïve.\r\n',
     "testset_w_refs.csv": "mr,ref\nname[Aromi],Aromi.\nname[Aromi],It is Aromi.\n",
 }
 ENTRY = """<entry category="{}" eid="Id1" size="2">
@@ -44,7 +47,7 @@ WEBNLG = {
         ("Artist", "Chile", "two", "good"),
     ],
 }
-SOURCE = ' | Aarhus_Airport : cityServed : "Aarhus, Denmark" | Ajoblanco : country : '
+SOURCE = '| Aarhus_Airport : cityServed : "Aarhus, Denmark" | Ajoblanco : country : '
 
 
 def put(folder: Path, files: dict[str, str | bytes]) -> None:
@@ -84,7 +87,6 @@ def publish_webnlg(site, patch) -> None:
             archive.addfile(member, io.BytesIO(content.encode()))
     patch.setattr(corpora, "WEBNLG_URL", f"{site.url}/webnlg.tar.gz")
     patch.setattr(corpora, "WEBNLG_TEST", sha256(webnlg_files()["test/testdata_with_lex.xml"]))
-    patch.setattr(corpora, "WEBNLG_TEXTS", {"train": 3, "val": 2, "test": 4})
 
 
 def table(rows: list[tuple[str | None, str]]) -> bytes:
@@ -109,20 +111,22 @@ def whole(data: Text, split: str) -> list[str]:
 
 def test_e2e_goes_from_its_csv_files_to_the_official_template(site, tmp_path, monkeypatch):
     publish_e2e(site, monkeypatch)
-    data = Text("e2e", **corpora.load_e2e(tmp_path / "data", BYTES))
+    data = Text("e2e", BYTES, **corpora.load_e2e(tmp_path / "data"))
     assert whole(data, "train") == [
         f" name : Alimentum | area : city centre | family friendly : no {EOT}"
-        f" There is a place in the city centre, Alimentum, that is not. {EOT}",
-        f" name : Alimentum | area : city centre | family friendly : no {EOT} Alimentum is no place for kids. {EOT}",
-        f' name : The " Eagle " | Type : coffee shop | price : £ 20 - 25 | customer rating : 5 out of 5 {EOT}'
+        f" There is a place, Alimentum, that is not. {EOT}",
+        f" name : Alimentum | area : city centre | family friendly : no {EOT}"
+        f" Alimentum is no place for kids. {EOT}",
+        f' name : The " Eagle " | Type : coffee shop | price : £ 20 - 25'
+        f" | rating : 5 out of 5 {EOT}"
         f' The "Eagle" is good. {EOT}',
     ]
     assert whole(data, "val") == [
-        f" name : Café Rouge | near : Crowne Plaza Hotel {EOT} Café Rouge is naïve. {EOT}"
+        f" name : Café Rouge | near : Crowne Plaza {EOT} Café Rouge is naïve. {EOT}"
     ]
     assert data.splits["test"] == [Pair("name : Aromi", ["Aromi.", "It is Aromi."])]
     asked = len(site.log)
-    assert corpora.load_e2e(tmp_path / "data", BYTES)["splits"] == data.splits
+    assert corpora.load_e2e(tmp_path / "data")["splits"] == data.splits
     assert (asked, len(site.log)) == (3, 3)  # nothing was fetched again
 
 
@@ -131,11 +135,11 @@ def test_e2e_files_that_the_user_has_are_found_and_verified(layout, site, tmp_pa
     publish_e2e(site, monkeypatch)
     put(tmp_path / "data" / layout, E2E)
     assert TEXT_TASKS["e2e"].here(tmp_path / "data")
-    assert len(corpora.load_e2e(tmp_path / "data", BYTES)["splits"]["train"]) == 2
+    assert len(corpora.load_e2e(tmp_path / "data")["splits"]["train"]) == 2
     assert site.log == []
     put(tmp_path / "data" / layout, {"trainset.csv": E2E["trainset.csv"].replace("kids", "cats")})
     with pytest.raises(UsageError, match=r"trainset.csv has git .* damaged, or another file"):
-        corpora.load_e2e(tmp_path / "data", BYTES)
+        corpora.load_e2e(tmp_path / "data")
 
 
 def test_git_s_checksum_is_the_name_that_git_gives_a_file(tmp_path):
@@ -148,37 +152,41 @@ def test_git_s_checksum_is_the_name_that_git_gives_a_file(tmp_path):
 def test_webnlg_goes_from_its_xml_files_to_the_official_template(site, tmp_path, monkeypatch):
     publish_webnlg(site, monkeypatch)
     assert not TEXT_TASKS["webnlg"].here(tmp_path / "data")
-    data = Text("webnlg", **corpora.load_webnlg(tmp_path / "data", BYTES))
+    data = Text("webnlg", BYTES, **corpora.load_webnlg(tmp_path / "data"))
     assert whole(
         data, "train"
     ) == [  # only "good" texts; two spaces before the first separator, as the official code
-        f' {SOURCE}España {EOT} Aarhus & Ajoblanco, "one". {EOT}',
-        f" {SOURCE}España {EOT} Second. {EOT}",
-        f' {SOURCE}Peru {EOT} Aarhus & Ajoblanco, "two". {EOT}',
+        f'  {SOURCE}España {EOT} Aarhus & Ajoblanco, "one". {EOT}',
+        f"  {SOURCE}España {EOT} Second. {EOT}",
+        f'  {SOURCE}Peru {EOT} Aarhus & Ajoblanco, "two". {EOT}',
     ]
     assert data.splits["test"] == [  # every text, and whether train has texts of this kind
         Pair(f"{SOURCE}Spain", ['Aarhus & Ajoblanco, "one".', "Second."], "seen"),
         Pair(f"{SOURCE}Chile", ['Aarhus & Ajoblanco, "two".', "Second."], "unseen"),
     ]
     assert TEXT_TASKS["webnlg"].here(tmp_path / "data")
-    assert corpora.load_webnlg(tmp_path / "data", BYTES)["splits"] == data.splits
+    assert corpora.load_webnlg(tmp_path / "data")["splits"] == data.splits
     assert len(site.log) == 1
 
 
-@pytest.mark.parametrize("layout", ["", "webnlg", "webnlg-dataset/webnlg_challenge_2017"])
-def test_webnlg_files_that_the_user_has_are_found_and_must_be_whole(
-    layout, site, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    "layout", ["", "webnlg", "webnlg-dataset-master/webnlg_challenge_2017", "any"]
+)
+def test_webnlg_files_that_the_user_has_are_found_and_counted(
+    layout, site, tmp_path, monkeypatch, capsys
 ):
     publish_webnlg(site, monkeypatch)
     put(tmp_path / "data" / layout, webnlg_files())
-    assert len(corpora.load_webnlg(tmp_path / "data", BYTES)["splits"]["test"]) == 2
+    assert len(corpora.load_webnlg(tmp_path / "data")["splits"]["test"]) == 2
     assert site.log == []
     (tmp_path / "data" / layout / "dev/2triples/b.xml").unlink()
-    with pytest.raises(UsageError, match="holds no pairs"):
-        corpora.load_webnlg(tmp_path / "data", BYTES)
+    with pytest.raises(UsageError, match=r"no files of webnlg for val; this is read: .*web_nlg"):
+        corpora.load_webnlg(tmp_path / "data")
     put(tmp_path / "data" / layout, {"dev/2triples/b.xml": webnlg_files()["train/1triples/a.xml"]})
-    with pytest.raises(UsageError, match="has 3 texts for val, not 2; put a whole copy"):
-        corpora.load_webnlg(tmp_path / "data", BYTES)
+    corpora.load_webnlg(tmp_path / "data")
+    assert (
+        "'val': 3, 'test': 4} texts here, {'train': 18025, 'val': 2258" in capsys.readouterr().err
+    )
 
 
 def test_xsum_is_cut_to_its_limits_and_gets_no_spaces(site, tmp_path, monkeypatch):
@@ -186,18 +194,110 @@ def test_xsum_is_cut_to_its_limits_and_gets_no_spaces(site, tmp_path, monkeypatc
     put(site.folder, {f"{name}.parquet": table(article) for name in corpora.XSUM_FILES})
     for name in corpora.XSUM_FILES:
         monkeypatch.setitem(corpora.XSUM_FILES, name, (f"{site.url}/{name}.parquet", None))
-    data = Text("xsum", **corpora.load_xsum(tmp_path / "data", BYTES))
+    data = Text("xsum", BYTES, **corpora.load_xsum(tmp_path / "data"))
     assert whole(data, "train") == [
         f"{'d' * 512}{EOT}{'s' * 60}{EOT}",
         f"Short news.{EOT}“It is” new.{EOT}",
         f"{EOT}No article.{EOT}",
     ]
+    assert len(data.examples("val")[0][1]) == 61  # as for train
     assert len(data.examples("test")[0][1]) == 101  # 100 and the end
     assert data.splits["val"][0].references == ["s" * 120]  # it is scored against all of it
     assert TEXT_TASKS["xsum"].here(tmp_path / "data")
     put(tmp_path / "data/xsum", {"test.parquet": b"PAR1"})
-    with pytest.raises(UsageError, match=r"test.parquet is no XSUM"):
-        corpora.load_xsum(tmp_path / "data", BYTES)
+    with pytest.raises(UsageError, match=r"test.parquet cannot be read"):
+        corpora.load_xsum(tmp_path / "data")
+
+
+def test_prefix_tuning_s_own_files_are_read_as_they_stand(tmp_path):
+    e2e = {
+        "src1_train.txt": "name : A | area : B||A is in B . \nname : A | area : B||B has A . \n",
+        "src1_valid.txt": "name : C||C . \n",
+        "src1_test.txt": "name : D||D . \nname : D||D !\n",
+    }
+    put(tmp_path / "e2e_data", e2e)
+    data = Text("e2e", BYTES, **corpora.load_e2e(tmp_path))
+    assert whole(data, "train")[0] == f" name : A | area : B {EOT} A is in B .  {EOT}"  # two blanks
+    assert data.splits["test"] == [Pair("name : D", ["D . ", "D !"])]
+    put(tmp_path / "e2e_data", {"src1_valid.txt": "name : C|C\n"})
+    with pytest.raises(UsageError, match=r"src1_valid.txt line 1: not `source\|\|target`"):
+        corpora.load_e2e(tmp_path)
+
+
+def test_webnlg_is_the_same_from_prefix_tuning_s_json_as_from_xml(tmp_path):
+    put(tmp_path / "xml" / "webnlg", webnlg_files())
+    splits = {}
+    for name, entries in WEBNLG.items():
+        rows = []
+        for i, (category, country, text, second) in enumerate(entries, 1):
+            facts = [("Aarhus_Airport", "cityServed", '"Aarhus, Denmark"')]
+            facts.append(("Ajoblanco", "country", country))
+            keys = ("subject", "property", "object")
+            texts = [("good", f'Aarhus & Ajoblanco, "{text}".'), (second, "Second.")]
+            row = {"category": category}
+            row["modifiedtripleset"] = [dict(zip(keys, fact, strict=True)) for fact in facts]
+            row["lexicalisations"] = [{"comment": c, "lex": text} for c, text in texts]
+            rows.append({str(i): row})
+        splits[f"{name.split('/')[0]}.json"] = json.dumps({"entries": rows})
+    put(tmp_path / "json" / "webnlg_challenge_2017", splits)
+    made = [corpora.load_webnlg(tmp_path / kind)["splits"] for kind in ("xml", "json")]
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "json", "jsonl"])
+def test_the_hub_s_tables_are_found_one_folder_deep_and_read(kind, tmp_path):
+    rows = {
+        "e2e_nlg": {"meaning_representation": "name[A]", "human_reference": "It is  A."},
+        "web_nlg": {
+            "input": ["A | b | c"],
+            "target": "x",
+            "references": ["A."],
+            "category": "Food",
+        },
+        "xsum": {"document": "Long.\n", "summary": "Short."},
+    }
+    source = {"e2e_nlg": "name : A", "web_nlg": "| A : b : c", "xsum": "Long."}
+    names = {"parquet": "data/{}-00000-of-00001.parquet", "json": "{}.json", "jsonl": "en/{}.jsonl"}
+    for name, row in rows.items():
+        for split in ("train", "validation", "test"):
+            path = tmp_path / "hub" / name / names[kind].format(split)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if kind == "parquet":
+                parquet.write_table(pa.Table.from_pylist([row]), path)
+            else:
+                path.write_text(json.dumps([row]) if kind == "json" else 2 * f"{json.dumps(row)}\n")
+        put(tmp_path / "hub" / name, {"challenge_test_x.json": "[]", "ru/test.json": "[]"})
+        task = "webnlg" if name == "web_nlg" else name.removesuffix("_nlg")
+        assert TEXT_TASKS[task].here(tmp_path)
+        (pair,) = TEXT_TASKS[task].load(tmp_path)["splits"]["test"]
+        assert pair.source == source[name]
+        assert set(pair.references) in ({"It is A."}, {"A."}, {"Short."})
+
+
+def test_what_would_do_is_said_when_nothing_is_here_and_nothing_can_be_had(
+    site, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(corpora, "E2E_URL", f"{site.url}/gone")
+    with pytest.raises(UsageError, match=r"cannot be downloaded.*is read, too: .*src1_train.txt"):
+        corpora.load_e2e(tmp_path)
+
+
+def test_sources_are_read_as_training_reads_them(tmp_path, monkeypatch):
+    said = ["a\u2028b ", "caf\u00e9", "c"]
+    rows = [json.dumps({"source": text}, ensure_ascii=False) for text in said]
+    files = {
+        "a.jsonl": "\ufeff" + "\r\n".join(rows) + "\n\n",
+        "B.JSONL": "\n".join(rows),
+        "a.jsonl.gz": gzip.compress("\n".join(rows).encode()),
+        "a.txt": "\ufeffa\u2028b \r\ncaf\u00e9 \r\n\r\n  c",
+        "a.txt.gz": gzip.compress("a b\ncaf\u00e9\nc".encode()),
+    }
+    put(tmp_path, files)
+    for name in files:
+        assert corpora.read_sources(tmp_path / name) == ["a b", "caf\u00e9", "c"]
+    for text in files["a.jsonl"], files["a.txt"]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        assert corpora.read_sources("-") == ["a b", "caf\u00e9", "c"]
 
 
 def test_your_own_pairs_are_split_by_source_in_the_same_way_every_time(tmp_path):
@@ -209,7 +309,7 @@ def test_your_own_pairs_are_split_by_source_in_the_same_way_every_time(tmp_path)
     path.write_text(
         "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
     )
-    data = Text("mine", **corpora.load_jsonl(path, tmp_path, BYTES))
+    data = Text("mine", BYTES, **corpora.load_jsonl(path, tmp_path))
     assert {name: len(split) for name, split in data.splits.items()} == {
         "train": 32,
         "val": 4,
@@ -218,11 +318,11 @@ def test_your_own_pairs_are_split_by_source_in_the_same_way_every_time(tmp_path)
     found = {pair.source: pair.references for split in data.splits.values() for pair in split}
     assert len(found) == 40  # no source in two splits
     assert (found["q7"], found["q9"]) == (["a7", "b7", "c7"], ["é9"])
-    assert corpora.load_jsonl(path, tmp_path, BYTES)["splits"] == data.splits
+    assert corpora.load_jsonl(path, tmp_path)["splits"] == data.splits
     assert f" q0 {EOT} é0 {EOT}" in whole(data, "train") + whole(data, "val") + whole(data, "test")
     path.write_text("\n".join(json.dumps(row) for row in rows[:9]))
     with pytest.raises(UsageError, match="has 9 distinct sources"):
-        corpora.load_jsonl(path, tmp_path, BYTES)
+        corpora.load_jsonl(path, tmp_path)
 
 
 GOOD = {
@@ -269,7 +369,7 @@ BAD = {
     "no JSON": (
         ".jsonl",
         '{"source": "a", "target": "b"}\n\n{"source": "a"\n',
-        r"line 3: not \{.*, but \{",
+        "line 3, column 15: Expecting ',' delimiter; mend it",
     ),
     "no target": (".jsonl", '{"source": "a"}\n', "line 1: .*; mend it"),
     "a number for a target": (".jsonl", '{"source": "a", "target": 3}\n', "line 1"),
@@ -284,8 +384,8 @@ BAD = {
     "no targets": (".jsonl", '{"source": "a", "target": []}\n', "line 1: a target is empty"),
 }
 ROWS = {
-    ".csv": corpora.e2e_rows,
-    ".xml": lambda path: corpora.webnlg_rows(path, True),
+    ".csv": corpora.csv_rows,
+    ".xml": lambda path: corpora.webnlg_rows(path, "test"),
     ".jsonl": corpora.jsonl_rows,
 }
 

@@ -1,0 +1,98 @@
+"""adapter.py: what peft computes with an exported prefix is what we compute."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from data import load
+from extras.adapter import export
+from extras.sample import load_run, main
+from gpt import GPT, converted
+from prefix import SHARE, Prefix
+from support.files import UsageError
+from train import Config, load_backbone, train
+
+VOCAB, D, H, LAYERS, L = 97, 32, 4, 3, 5
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[GPT2LMHeadModel, GPT]:
+    """A small random GPT-2 of transformers, and ours with the same weights."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": D, "n_layer": LAYERS, "n_head": H}
+    theirs = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
+    for parameter in theirs.requires_grad_(False).parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    ours = GPT(VOCAB, 64, D, LAYERS, H)
+    ours.load_state_dict(converted(theirs.state_dict()))
+    return theirs, ours.requires_grad_(False)
+
+
+def random_prefix(gpt: GPT, share: str, shallow: bool = False) -> torch.Tensor:
+    torch.manual_seed(1)
+    options = {"shallow": shallow, "per_layer": False, "init_scale": gpt.prefix_init_scale}
+    prefix = Prefix(LAYERS, H, D, L, share, dropout=0.0, **options)
+    return prefix(gpt).detach()  # (depth, 2, H, L, Dh)
+
+
+@pytest.mark.filterwarnings("ignore")  # of peft and transformers, about each other
+@pytest.mark.parametrize("share", SHARE)
+def test_pefts_forward_pass_on_an_exported_prefix_equals_ours(share, pair, tmp_path):
+    theirs, ours = pair
+    prefix_kv = random_prefix(ours, share)
+    export(prefix_kv, ours, "gpt2", tmp_path)
+    assert load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"].shape == (
+        L,
+        LAYERS * 2 * D,
+    )
+    tokens = torch.randint(1, VOCAB, (2, 9))
+    expected = ours(tokens, prefix_kv)
+    adapted = PeftModel.from_pretrained(theirs, tmp_path).eval()
+    found = adapted(tokens).logits.detach()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(theirs(tokens).logits, expected, atol=1e-2)
+
+
+def test_a_prompt_is_written_on_with_its_own_prefix_in_a_batch_of_several(pair):
+    _, gpt = pair
+    prompts = [[5, 6, 7], [8, 9], [5, 6, 7]]
+    prefixes = [random_prefix(gpt, "none"), random_prefix(gpt, "deep"), random_prefix(gpt, "deep")]
+    options = {"beams": 3, "max_new": 12, "eos": 0}
+    together = gpt.generate(prompts, torch.stack(prefixes, dim=2), **options)
+    alone = [
+        gpt.generate([prompt], prefix_kv, **options)[0]
+        for prompt, prefix_kv in zip(prompts, prefixes, strict=True)
+    ]
+    assert together == alone
+    assert together[0] != together[2]  # one prompt, two prefixes
+
+
+def test_a_shallow_prefix_is_refused(pair, tmp_path):
+    with pytest.raises(UsageError, match="--shallow"):
+        export(random_prefix(pair[1], "none", shallow=True), pair[1], "gpt2", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_command_exports_a_text_run_and_refuses_what_has_no_such_prefix(tmp_path, capsys):
+    rows = [{"source": f"name : {n}", "target": f"It is {n}."} for n in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run, new = tmp_path / "run", tmp_path / "adapter"
+    settings = {"task": str(tmp_path / "pairs.jsonl"), "backbone": "tiny_gpt", "epochs": 1}
+    config = Config(**settings, share="deep", length=3, final=False, out=str(run), device="cpu")
+    backbone = load_backbone(config)
+    train(config, backbone, load(config.task, **backbone.inputs))
+    assert main([str(run), "--export", str(new)]) == 0
+    assert json.loads((new / "adapter_config.json").read_text())["num_virtual_tokens"] == 3
+    kept = load_file(new / "adapter_model.safetensors")["prompt_embeddings"]
+    back = kept.view(3, backbone.n_layer, 2, backbone.n_head, -1).permute(1, 2, 3, 0, 4)
+    assert torch.equal(back, load_run(run).prefix_kv)
+    assert [*load_run(run).generate("name : 3")] == load_run(run).generate(["name : 3"])
+    with pytest.raises(UsageError, match="is a run on text"):
+        load_run(run).predict(["a.png"])
+    (tmp_path / "file").write_text("")
+    assert main([str(run), "--export", str(tmp_path / "file")]) == 2
+    assert "--export" in capsys.readouterr().err
