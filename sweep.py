@@ -3,6 +3,7 @@
     python sweep.py                            does sharing help? No-share or Deep-share, on digits
     python sweep.py --tasks fgvc --methods none-shallow simple-shallow deep-shallow none simple deep
     python sweep.py --tasks paper --dry-run    what that costs, before it is started
+    python sweep.py --tasks cub --methods deep --published     the paper's settings, five seeds
 
 The protocol (Jia et al., ECCV 2022; Le et al., ICLR 2025, section 5):
     grid    train all pairs of 10 learning rates and 4 weight decays on the train split
@@ -10,33 +11,35 @@ The protocol (Jia et al., ECCV 2022; Le et al., ICLR 2025, section 5):
             learning rate, then to the smaller weight decay
     seeds   train it with five seeds on the split the protocol names, and test each run once
 
-All runs pass through one process that keeps one backbone and one decoded data set, or with --ray
-through several (support/runs.py). What a run found is one line of OUT/TASK/results.jsonl: a sweep
-that was killed goes on, a finished one only draws its report again (support/report.py).
+A process keeps one backbone and one decoded data set, and all runs pass through it; on several
+GPUs or cores, several processes do (support/workers.py). What a run found is one line of
+OUT/TASK/results.jsonl: a sweep that was killed goes on, a finished one only draws its report again
+(support/report.py).
 """
 
 import argparse
 import copy
 import math
+import platform
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import torch
+from torch.compiler import reset as reset_compiler
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import TASKS, find, load, title
+from data import TASKS, Dataset, find, load, title
 from prefix import SHARE
-from support import report, runs
-from support.files import GOES_ON, Parser, UsageError, add_options, exit_code, opt
+from support import report, runs, workers
+from support.files import GOES_ON, Parser, UsageError, add_options, exit_code, opt, write
 from train import (
     BAR,
     Config,
@@ -45,7 +48,6 @@ from train import (
     image_loss,
     load_backbone,
     make_optimizer,
-    method,
     prepare_process,
     resolve,
     train,
@@ -89,12 +91,20 @@ class Sweep:
     lr: list[float] = opt(LR, "base learning rates of the grid")
     wd: list[float] = opt(WD, "weight decays of the grid")
     seed: list[int] = opt(SEEDS, "seeds of the final runs; none: stop after the choice")
+    published: bool = opt(
+        False, "no grid: the settings that the paper published, and the verdict beside its figures"
+    )
     halving: bool = opt(
         False, "successive halving: train the whole grid a little, go on with the better half, ..."
     )
     dry_run: bool = opt(False, "print what the sweep would cost, and stop")
     img_per_s: float = opt(
         None, "for --dry-run: training images/s of the machine (default: measured on this one)"
+    )
+    workers: int = opt(
+        None,
+        "processes that share the runs (default: one per GPU; on a CPU one per core for a small "
+        "backbone, else 1)",
     )
     ray: str = opt("", "spread the runs over the GPUs, or CPU cores, of the Ray cluster at RAY")
     out: str = opt("out/sweep", "folder of the results")
@@ -142,6 +152,8 @@ def check(sweep: Sweep) -> None:
         raise UsageError(f"no method '{unknown[0]}'; methods: {', '.join(METHODS)}")
     if sweep.img_per_s is not None and not 0 < sweep.img_per_s < math.inf:
         raise UsageError(f"--img-per-s is {sweep.img_per_s}; it must be positive")
+    if sweep.workers is not None and sweep.workers < 1:
+        raise UsageError(f"--workers is {sweep.workers}; it must be positive")
 
 
 def cells(sweep: Sweep) -> list[Cell]:
@@ -152,8 +164,22 @@ def cells(sweep: Sweep) -> list[Cell]:
         has_prefix = "tune" not in METHODS[name]
         lengths = sweep.length if has_prefix and sweep.length else [None]
         made += [Cell(task, name, length, fraction) for length in lengths]
+    # A task's folder is called as the last part of its path.
+    titles: dict[str, str] = {}
+    for cell in made:
+        if titles.setdefault(title(cell.task), cell.task) != cell.task:
+            raise UsageError(
+                f"{titles[title(cell.task)]} and {cell.task} would share a folder of results; "
+                "sweep one of them with another --out"
+            )
     # Every run is resolved once, so that a mistake is found before anything starts.
     for cell in made:
+        known = cell.task in report.PUBLISHED and cell.method in report.METHODS
+        if sweep.published and not known:
+            raise UsageError(
+                f"the paper publishes no settings of {cell.method} for {cell.task}; choose them on "
+                f"val: python sweep.py --tasks {cell.task} --methods {cell.method}"
+            )
         grid(sweep, cell)
         finals(sweep, cell, sweep.lr[0], sweep.wd[0])
     return list(dict.fromkeys(made))
@@ -178,7 +204,7 @@ def grid(sweep: Sweep, cell: Cell) -> list[Config]:
     return [configure(sweep, cell, lr=lr, wd=wd, final=False) for lr, wd in pairs]
 
 
-def finals(sweep: Sweep, cell: Cell, lr: float, wd: float) -> list[Config]:
+def finals(sweep: Sweep, cell: Cell, lr: float | None, wd: float | None) -> list[Config]:
     return [configure(sweep, cell, lr=lr, wd=wd, seed=seed) for seed in dict.fromkeys(sweep.seed)]
 
 
@@ -199,10 +225,11 @@ class Worker:
             self.kept[what] = key, make()
         return self.kept[what][1]
 
-    def run(self, config: Config, stop: int | None = None) -> dict:
-        """Perform one run, or its first `stop` epochs: the line of results.jsonl it leaves."""
-        # What this run needs is mostly there from the one before.
+    def needs(self, config: Config) -> tuple[ViT, Dataset]:
+        """Backbone and data of a run; mostly they are there from the one before."""
         key: tuple = (config.backbone, config.device, config.dtype, config.tune == "full")
+        if config.backbone == "scratch":
+            key += (config.seed,)
         backbone = self.keep("backbone", key, lambda: load_backbone(config))
         data = self.keep(
             "data",
@@ -213,8 +240,39 @@ class Worker:
         if config.compile:
             key += (config.tune, config.share, config.shallow, config.length, config.batch)
             key += (len(data.classes),)
-            self.keep("compiled", key, torch.compiler.reset)
+            self.keep("compiled", key, reset_compiler)
+        return backbone, data
 
+    def identity(self, config: Config) -> dict[str, str]:
+        """What decides a run's outcome beside its settings, in digests."""
+        backbone, data = self.needs(config)
+        return {"backbone": backbone.fingerprint} | data.identity
+
+    def run(self, config: Config, stop: int | None = None) -> dict:
+        """Perform one run, or its first `stop` epochs: the line of results.jsonl it leaves."""
+        start = time.perf_counter()
+        backbone, data = self.needs(config)
+        line = {
+            "settings": workers.settings(config),
+            "stop": stop,
+            "identity": self.identity(config),
+            "images": data.count(training_split(config, data), config.fraction),
+            "backbone": sum(p.numel() for p in backbone.parameters()),
+        }
+        try:
+            line |= self.perform(config, stop, backbone, data)
+        except (MemoryError, RuntimeError) as error:
+            # PyTorch has an error class of its own for a GPU's memory, but none for a CPU's.
+            no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if not no_memory and "DefaultCPUAllocator" not in str(error):
+                raise
+            line |= {"status": "failed", "epochs": 0}
+        on_gpu = config.device == "cuda"
+        device = torch.cuda.get_device_name() if on_gpu else platform.processor() or "CPU"
+        return line | {"device": device, "seconds": time.perf_counter() - start}
+
+    def perform(self, config: Config, stop: int | None, backbone: ViT, data: Dataset) -> dict:
+        """Train, and say how it ended and what it is judged by."""
         # If the line of this stage was lost, the run has gone on since: do the stage again.
         result = train(config, backbone, data, stop)
         if stop and result.metrics["epoch"] > stop:
@@ -222,22 +280,15 @@ class Worker:
                 result = train(replace(config, out=elsewhere), backbone, data, stop)
 
         # A run that is over was judged by `train`; one that is under way is judged on val here.
-        line = {
-            "settings": runs.settings(config),
-            "stop": stop,
-            "status": result.status,
-            "epochs": result.metrics["epoch"],
-            "images": data.count(training_split(config, data), config.fraction),
-            "trained": sum(p.numel() for p in result.model.parameters()),
-            "backbone": sum(p.numel() for p in backbone.parameters()),
-        }
         split = "test" if config.final else "val"
+        found = {"status": result.status, "epochs": result.metrics["epoch"]}
+        found["trained"] = sum(p.numel() for p in result.model.parameters())
         if result.status == "done":
-            line[split] = result.metrics[split]
+            found[split] = result.metrics[split]
         elif result.status == "running":
             accuracy = evaluate(config, result.model, backbone, data, split)
-            line |= {"status": "diverged"} if math.isnan(accuracy) else {split: accuracy}
-        return line
+            found |= {"status": "diverged"} if math.isnan(accuracy) else {split: accuracy}
+        return found
 
 
 def stages(sweep: Sweep, epochs: int) -> list[tuple[int | None, int]]:
@@ -263,24 +314,26 @@ def best(lines: list[dict], count: int) -> list[dict]:
 
 
 def study(
-    sweep: Sweep, cell: Cell, results: runs.Results, runner: Callable, bar: tqdm
+    sweep: Sweep, cell: Cell, results: workers.Results, runner: Callable, bar: tqdm
 ) -> report.Row:
     """Grid, choice and final runs of one cell."""
     # The grid, trained on train and judged on val. With --halving only the better half goes on.
     candidates = grid(sweep, cell)
     length = candidates[0].length if candidates[0].tune == "prefix" else None
     tried, ranked = [], []
-    for stop, keep in stages(sweep, candidates[0].epochs):
+    for stop, keep in [] if sweep.published else stages(sweep, candidates[0].epochs):
         lines = results.complete(candidates, stop, runner, bar)
         tried += lines
         ranked = best(lines, keep)
         candidates = [candidates[lines.index(line)] for line in ranked]
 
     # The choice, trained with every seed and tested once each. There is none if all diverged.
-    tested: list[dict] = []
-    for chosen in candidates:
-        todo = finals(sweep, cell, chosen.lr, chosen.wd)
-        tested = results.complete(todo, None, runner, bar)
+    todo: list[Config] = []
+    if sweep.published:
+        todo = finals(sweep, cell, None, None)
+    elif candidates:
+        todo = finals(sweep, cell, candidates[0].lr, candidates[0].wd)
+    tested = results.complete(todo, None, runner, bar)
     images = (tested or tried)[0]["images"]
     return report.Row(cell.task, cell.method, length, cell.fraction, images, tried, ranked, tested)
 
@@ -292,24 +345,35 @@ def run(sweep: Sweep) -> None:
         plan(sweep, todo)
         return
     home = folder(sweep, *sweep.tasks)
+    folders = {folder(sweep, cell.task) for cell in todo}
     with ExitStack() as stack:
         # No other process may work in these folders.
-        for path in sorted({home} | {folder(sweep, cell.task) for cell in todo}):
+        for path in sorted({home} | folders):
             stack.enter_context(runs.run_lock(path))
-        if sweep.ray:
-            runner = runs.on_ray(Worker, sweep.ray, grid(sweep, todo[0])[0].device, stack)
-        else:
-            runner = partial(runs.in_turn, Worker(torch.get_num_threads()))
+
+        # Who performs the runs: this process, several of this machine, or a cluster's.
+        total = sum(planned.count for cell in todo for planned in costs(sweep, cell))
+        first = grid(sweep, todo[0])[0]
+        count, threads = workers.how_many(sweep.workers, first, total)
+        here = Worker(threads)
+        runner = workers.runner(here, count, threads, sweep.ray, first.device, stack)
+
+        def identity(config: Config) -> dict[str, str]:
+            if sweep.ray or count > 1:  # the GPUs are the workers'
+                config = replace(config, device="cpu", compile=False)
+            return here.identity(config)
 
         # One cell after another; then the report.
         rows = []
-        total = sum(planned.count for cell in todo for planned in costs(sweep, cell))
         with tqdm(total=total, unit="run", **BAR) as bar:
             for cell in todo:
                 bar.set_description(f"{cell.task} {cell.method}", refresh=False)
-                results = runs.Results(folder(sweep, cell.task) / "results.jsonl")
+                results = workers.Results(folder(sweep, cell.task) / "results.jsonl", identity)
                 rows.append(study(sweep, cell, results, runner, bar))
         files = report.save(home, rows)
+        if tested := [row for row in rows if row.accuracies]:
+            files.append(home / "reproduction.json")
+            write(files[-1], workers.reproduction(tested, folders))
     print(report.table(rows), *files, sep="\n")
 
 
@@ -329,7 +393,7 @@ def costs(sweep: Sweep, cell: Cell) -> list[Runs]:
     """What a cell will train if nothing diverges: the stages of the grid, then the final runs."""
     config, *others = grid(sweep, cell)
     made, before, count = [], 0, 1 + len(others)
-    for stop, keep in stages(sweep, config.epochs):
+    for stop, keep in [] if sweep.published else stages(sweep, config.epochs):
         made.append(Runs(config, count, (stop or config.epochs) - before))
         before, count = stop or config.epochs, min(keep, count)
     return [*made, Runs(replace(config, final=True), len(set(sweep.seed)), config.epochs)]
@@ -369,14 +433,15 @@ def cost(planned: list[Runs], vit: ViT) -> tuple[int, int, float]:
     sizes = task.sizes | {"trainval": task.sizes["train"] + task.sizes["val"]}
     seen, flops = 0, 0.0
     for some in planned:
-        config, count = some.config, some.count
+        config = some.config
         split, judged = (task.final, "test") if config.final else ("train", "val")
         training, evaluation = image_flops(config, vit, task.classes)
-        images = count * some.epochs * round(config.fraction * sizes[split])
+        images = some.count * some.epochs * round(config.fraction * sizes[split])
         seen += images
-        flops += images * training + count * sizes[judged] * evaluation
-    # Later stages go on with runs of the first.
-    return planned[0].count + planned[-1].count, seen, flops
+        flops += images * training + some.count * sizes[judged] * evaluation
+    # Later stages go on with runs of the first; the last are the final runs.
+    count = planned[-1].count + (planned[0].count if len(planned) > 1 else 0)
+    return count, seen, flops
 
 
 def measure(config: Config, vit: ViT, classes: int, seconds: float = 3.0) -> float:
@@ -405,7 +470,7 @@ def plan(sweep: Sweep, todo: list[Cell]) -> None:
     """Print what the sweep would cost. The speed is measured once for a backbone; all have it."""
     vits: dict[tuple, ViT] = {}
     speeds: dict[tuple, float] = {}  # operations per second
-    rows, images_per_s = [], 0.0
+    rows = []
     for cell in todo:
         planned = costs(sweep, cell)
         config, classes = planned[0].config, find(cell.task).classes
@@ -417,16 +482,14 @@ def plan(sweep: Sweep, todo: list[Cell]) -> None:
             speeds[key] = training * sweep.img_per_s
         elif key not in speeds:
             speeds[key] = training * measure(config, vits[key], classes)
-        images_per_s = speeds[key] / training
         count, seen, flops = cost(planned, vits[key])
         length = config.length if config.tune == "prefix" else None
-        hours = flops / speeds[key] / 3600
-        rows.append(
-            report.Cost(cell.task, method(config), length, cell.fraction, count, seen, flops, hours)
-        )
+        start = [cell.task, report.called(cell.method), length, cell.fraction]
+        rows.append([*start, count, seen, flops, flops / speeds[key] / 3600])
     kind = "bf16" if use_bf16(config, vits[key]) else "fp32"
     source = "as stated" if sweep.img_per_s else f"measured here in {kind}"
-    print(report.plan(rows, f"{images_per_s:,.0f} training images/s in the last line ({source})"))
+    speed = f"{speeds[key] / training:,.0f} training images/s in the last line ({source})"
+    print(report.plan(rows, speed))
 
 
 def parse(argv: list[str] | None) -> Sweep:

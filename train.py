@@ -187,7 +187,7 @@ def fit(  # noqa: C901, PLR0915  (one run, one story)
         elif config.final:
             metrics = runs.write_texts(config, model, backbone, data)
         history[-1] |= {"status": status, **metrics}
-        curve = f"{config.task}, {report.called(method(config))}: {report.summary(history, data)}"
+        curve = f"{config.task}, {report.called(method(config))}: {runs.summary(history, data)}"
         runs.save(out, metadata, model, optimizer, history, curve if config.final else "")
     return Result(status, history[-1], history, model, out)  # type: ignore[arg-type]
 
@@ -428,9 +428,9 @@ def run(argv: list[str] | None) -> int:
     name = report.called(method(config))
     count = data.count(training_split(config, data), config.fraction)
     dtype = "bf16" if use_bf16(config, backbone) else "fp32"
-    print(report.first_line(config, data, backbone, name, whose_settings(config), count, dtype))
+    print(runs.first_line(config, data, backbone, name, whose_settings(config), count, dtype))
     result = train(config, backbone, data)
-    print(report.last_line(result.history, config, result.model, backbone, data))
+    print(runs.last_line(result.history, config, result.model, backbone, data))
     return 3 if result.status == "diverged" else 0
 
 

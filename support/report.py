@@ -6,17 +6,16 @@ Two means that differ by less than two or three standard errors are not told apa
 
 import io
 import math
-import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
-from torch import nn
+from matplotlib.patches import Rectangle
 
 from support.files import write
 
@@ -24,14 +23,14 @@ from support.files import write
 NAMES = {
     "none": "No-share",
     "simple": "Simple-share",
-    "deep": "Deep-share",
     "linear": "Linear-share",
-    "identity": "no map, one vector",
-    "simple-separate": "frozen layer, two vectors",
-    "linear-separate": "linear map, two vectors",
-    "deep-separate": "MLP, two vectors",
+    "deep": "Deep-share",
     "probe": "linear probe",
     "full": "full fine-tuning",
+    "identity": "one vector, no map",
+    "simple-separate": "frozen map, two vectors",
+    "linear-separate": "linear map, two vectors",
+    "deep-separate": "deep map, two vectors",
 }
 COLOURS = dict(zip(NAMES, ("gray", *TABLEAU_COLORS), strict=False))
 
@@ -62,7 +61,7 @@ class Row:
     fraction: float
     images: int  # that a final run trains on
     tried: list[dict]  # the grid; with halving, a line per stage and run
-    ranked: list[dict]  # the chosen run of the grid, or nothing if all diverged
+    ranked: list[dict]  # the chosen run of the grid; none if all diverged, or there is no grid
     tested: list[dict]  # one per seed
 
     @property
@@ -78,6 +77,12 @@ class Row:
     def accuracies(self) -> list[float]:
         """Test top-1 in % of every seed that did not diverge."""
         return [line["test"] for line in self.tested if "test" in line]
+
+    @property
+    def chosen(self) -> dict | None:
+        """The chosen run of the grid; without a grid, the first final run."""
+        without_grid = [] if self.tried else self.tested
+        return next(iter(self.ranked or without_grid), None)
 
     @property
     def published(self) -> float | None:
@@ -112,15 +117,16 @@ def table(rows: list[Row]) -> str:
     """The results as a Markdown table, a line per row."""
     head = ["task", "images", "method", "L", "tuned %", "base lr", "weight decay", "val %"]
     head += ["test %", "s.e.", "seeds", "paper"]
+    compared = any(verdict(row) for row in rows)
+    head += ["difference", "agrees"] if compared else []
     made = []
     for row in rows:
         # The chosen run: what it trains, its settings and its val accuracy.
         cells = [row.task, row.images, called(row.method), row.length]
-        if row.ranked:
-            chosen = row.ranked[0]
-            cells.append(f"{100 * chosen['trained'] / chosen['backbone']:.2f}")
-            cells += [f"{chosen['settings'][name]:g}" for name in ("lr", "wd")]
-            cells.append(f"{chosen['val']:.2f}")
+        if row.chosen:
+            cells.append(f"{100 * row.chosen.get('trained', 0) / row.chosen['backbone']:.2f}")
+            cells += [f"{row.chosen['settings'][name]:g}" for name in ("lr", "wd")]
+            cells.append(f"{row.chosen['val']:.2f}" if "val" in row.chosen else None)
         else:
             cells += [None] * 4
 
@@ -131,42 +137,60 @@ def table(rows: list[Row]) -> str:
             few = " (two seeds)" if len(found) == 2 else ""
             test = f"{test} ± {stdev(found):.2f}{few}"
             error = f"{standard_error(found):.2f}"
-        elif not row.ranked:
+        elif not row.chosen:
             test = "all diverged"
-        made.append([*cells, test, error, len(found), row.published])
+        cells += [test, error, len(found), row.published]
+        if compared:
+            says = verdict(row)
+            agrees = "yes" if says.get("agrees") else "no"
+            cells += [f"{says['difference']:+.2f}", agrees] if says else [None, None]
+        made.append(cells)
     return markdown(head, made)
 
 
 def does_sharing_help(rows: list[Row]) -> list[str]:
-    """Shared minus No-share where all else is equal, paired by seed: a sentence per pair."""
+    """Shared minus No-share where all else is equal, paired by seed: a sentence per pair.
+
+    If it was run, also a map from one vector minus the same map from two.
+    """
     sentences = []
-    for row in rows:
-        # The No-share row of the same placement and, if there are several, of the same length.
-        base = row.method.replace(row.share, "none")
-        same = [r for r in rows if (r.task, r.method, r.fraction) == (row.task, base, row.fraction)]
-        same = [r for r in same if len(same) == 1 or r.length == row.length]
-        if not same or row.share in ("none", "probe", "full"):
+    for row, base in product(rows, rows):
+        # Of the same placement, and of the same length if both have several.
+        pairs = [row.share + "-separate"] + ["none"] * (row.share not in ("none", "probe", "full"))
+        several = len({r.length for r in rows if r.method == base.method}) > 1
+        same = (base.task, base.fraction) == (row.task, row.fraction)
+        same &= base.method in [row.method.replace(row.share, share) for share in pairs]
+        if not same or (several and row.length != base.length):
             continue
         ours, theirs = (
             {line["settings"]["seed"]: line["test"] for line in r.tested if "test" in line}
-            for r in (row, same[0])
+            for r in (row, base)
         )
         gains = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
         if gains:
             error = f" ± {standard_error(gains):.2f} (standard error)" if len(gains) > 1 else ""
             sentences.append(
-                f"- {row.task}, {row.images} images: {row.name} minus {same[0].name}: "
+                f"- {row.task}, {row.images} images: {row.name} minus {base.name}: "
                 f"{mean(gains):+.2f}{error} points over {len(gains)} seeds"
             )
     return sentences
 
 
-def diverged(rows: list[Row]) -> list[str]:
-    """Runs whose loss was not finite, a line each."""
+def verdict(row: Row) -> dict:
+    """How a row compares with the paper's figure; {} if it has none."""
+    if row.published is None or not row.accuracies:
+        return {}
+    difference, error = mean(row.accuracies) - row.published, standard_error(row.accuracies)
+    agrees = len(row.accuracies) > 1 and abs(difference) <= min(2 * error, 0.5)
+    return {"difference": difference, "standard_error": error, "agrees": agrees}
+
+
+def lost(rows: list[Row], status: str) -> list[str]:
+    """Runs that diverged (their loss was not finite) or failed, a line each."""
     listed = []
     for row in rows:
         for line in row.tried + row.tested:
-            if line["status"] == "diverged":
+            if line["status"] == status:
                 s = line["settings"]
                 run = "final run" if s["final"] else "grid"
                 listed.append(
@@ -178,6 +202,8 @@ def diverged(rows: list[Row]) -> list[str]:
 
 def effort(rows: list[Row]) -> str:
     """Which search was used, and its epochs of those that the full grid would have taken."""
+    if not any(row.tried for row in rows):
+        return "none, the paper's published settings"
     spent, full = 0, 0
     for row in rows:
         epochs: dict[tuple, int] = {}
@@ -185,7 +211,7 @@ def effort(rows: list[Row]) -> str:
             run = (line["settings"]["lr"], line["settings"]["wd"])
             epochs[run] = max(epochs.get(run, 0), line["epochs"])
         spent += sum(epochs.values())
-        full += row.tried[0]["settings"]["epochs"] * len(epochs)
+        full += sum(line["settings"]["epochs"] for line in row.tried[: len(epochs)])
     if any(line["stop"] for row in rows for line in row.tried):
         saved = 100 - 100 * spent / full
         return f"successive halving, {spent} of the full grid's {full} epochs ({saved:.0f} % saved)"
@@ -195,7 +221,8 @@ def effort(rows: list[Row]) -> str:
 def text(rows: list[Row]) -> str:
     """report.md."""
     used = [
-        f"{key} " + ", ".join(unique(str(row.tried[0]["settings"][key]) for row in rows))
+        f"{key} "
+        + ", ".join(unique(str((row.tried + row.tested)[0]["settings"][key]) for row in rows))
         for key in ("backbone", "optimizer", "batch", "epochs")
     ]
     parts = [
@@ -209,8 +236,16 @@ def text(rows: list[Row]) -> str:
     if gains := does_sharing_help(rows):
         parts += ["Does sharing help? Difference in test accuracy, paired by seed:"]
         parts += ["\n".join(gains)]
-    if lost := diverged(rows):
-        parts += [f"Diverged ({len(lost)} runs; never chosen, not in any mean):", "\n".join(lost)]
+    for status, why in (("diverged", "Diverged"), ("failed", "Failed for want of memory")):
+        if some := lost(rows, status):
+            count = f"{len(some)} run{'s' * (len(some) > 1)}"
+            parts += [f"{why} ({count}; never chosen, not in any mean):", "\n".join(some)]
+    if any(verdict(row) for row in rows):
+        parts.append(
+            "A row agrees with the paper if it is within 2 s.e. and 0.5 points of its figure. Its "
+            "bars were read to ±0.1; their own spread is unknown. Where the official code "
+            "differs from this one: docs/differences.md."
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -316,6 +351,36 @@ def fraction_figure(rows: list[Row]) -> Figure:
     return figure
 
 
+def grid_figure(rows: list[Row]) -> Figure:
+    """Val accuracy over learning rate and weight decay, a panel per grid. The choice is framed."""
+    columns = min(3, len(rows))
+    lines = math.ceil(len(rows) / columns)
+    figure = Figure(figsize=(6.5 * columns, 2.8 * lines), layout="constrained")
+    every = figure.subplots(lines, columns, squeeze=False).flat
+    for axes in every[len(rows) :]:
+        axes.axis("off")
+    for axes, row in zip(every, rows, strict=False):
+        # With --halving, what was seen last of a pair. A run that diverged has no accuracy.
+        seen = {(line["settings"]["lr"], line["settings"]["wd"]): line for line in row.tried}
+        rates, decays = (sorted({pair[i] for pair in seen}) for i in (0, 1))
+        values = [[seen[lr, wd].get("val", math.nan) for lr in rates] for wd in decays]
+        axes.imshow(values, aspect="auto", cmap="viridis")
+        for (lr, wd), line in seen.items():
+            x, y = rates.index(lr), decays.index(wd)
+            says = f"{line['val']:.1f}" if "val" in line else line["status"]
+            box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1}
+            axes.text(x, y, says, ha="center", va="center", fontsize=7, bbox=box)
+            if row.ranked and line is row.ranked[0]:
+                frame = Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, color="red", lw=3)
+                axes.add_patch(frame)
+        axes.set_xticks(range(len(rates)), [f"{lr:g}" for lr in rates])
+        axes.set_yticks(range(len(decays)), [f"{wd:g}" for wd in decays])
+        axes.set(xlabel="base learning rate", ylabel="weight decay")
+        title = f"{row.task}, {row.name}, {row.images} images: val accuracy, %"
+        axes.set_title(title, fontsize=9, parse_math=False)
+    return figure
+
+
 def curve(history: list[dict], title: str) -> bytes:
     """A PNG of the loss over the epochs, with the training accuracy or the loss on val (text)."""
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -348,113 +413,27 @@ def png(figure: Figure) -> bytes:
 
 
 def save(folder: Path, rows: list[Row]) -> list[Path]:
-    """Write report.md, report.png, and fraction.png if there are several; the paths written."""
+    """Write the report and its figures; the paths written."""
     files: dict[str, bytes] = {"report.md": text(rows).encode()}
     tested = [row for row in rows if row.accuracies]
+    searched = [row for row in rows if row.tried]
+    if searched:
+        files["grid.png"] = png(grid_figure(searched))
     if tested:
         files["report.png"] = png(bar_figure(tested))
-        if len({row.fraction for row in rows}) > 1:
-            files["fraction.png"] = png(fraction_figure(tested))
+    if len({row.fraction for row in tested}) > 1:
+        files["fraction.png"] = png(fraction_figure(tested))
     for name, content in files.items():
         write(folder / name, content)
     return [folder / name for name in files]
 
 
-# The lines that a run prints.
-
-
-def first_line(
-    config: Any, data: Any, backbone: Any, name: str, whose: str, count: int, dtype: str
-) -> str:
-    """What a run prints before it starts: data, method, settings and whose they are, machine."""
-    sizes = ", ".join(f"{data.count(split):,} {split}" for split in ("train", "val", "test"))
-    classes = "" if data.text else f"{len(data.classes)} classes; "
-    length = f"L {config.length}, " if config.tune == "prefix" else ""
-    base = "" if data.text else "base "
-    epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs} epochs"
-    normalisation = "" if data.text else f"{backbone.normalisation}; "
-    return (
-        f"{config.task}: {classes}{sizes} {data.unit}; "
-        f"{name}, {length}{base}lr {config.lr:g}, weight decay {config.wd:g} ({whose}), "
-        f"batch {config.batch}, {epochs} of {count:,} {data.unit}; "
-        f"{normalisation}{config.device}, {dtype}"
-    )
-
-
-def summary(history: list[dict], data: Any) -> str:
-    """What a run came to, and on how many images or texts."""
-    last = history[-1]
-    if last.get("status") == "diverged":
-        return f"diverged in epoch {last['epoch']}: the loss is not finite"
-    for split in ("val", "test"):
-        if split in last:
-            return f"{split} accuracy {last[split]:.2f} % of {data.count(split):,} {data.unit}"
-    hidden = ("epoch", "loss", "val loss", "status")
-    scores = [f"{name} {value:.2f}" for name, value in last.items() if name not in hidden]
-    return f"{', '.join(scores)}; {len(data.splits['test']):,} test sources"
-
-
-def last_line(history: list[dict], config: Any, model: Any, backbone: Any, data: Any) -> str:
-    """What a run prints at its end: result, what was trained and remains, the next command."""
-    if history[-1].get("status") == "diverged":
-        return f"{summary(history, data)}; try a smaller --lr; {config.out}"
-    sizes = f"trained {size(model):,} parameters"
-    if model.backbone is None:
-        sizes += f" beside a frozen backbone of {size(backbone):,}"
-    else:
-        sizes += f", the backbone's {size(backbone):,} among them"
-
-    # The map that made the prefix is not needed any more.
-    remain = []
-    if model.prefix is not None:
-        remain.append(f"{model.prefix_kv(backbone).numel():,} of prefix")
-    if model.head is not None:
-        remain.append(f"{size(model.head):,} of head")
-    if model.backbone is None:
-        sizes += f"; {' and '.join(remain)} remain"
-
-    # An input on which to try it.
-    example = "assets/digit.png" if config.task == "digits" else "photo.jpg"
-    if data.text:
-        example = shlex.quote(data.splits["test"][0].source[:200])
-    command = f"python -m extras.sample {shlex.quote(config.out)} {example}"
-    return f"{summary(history, data)}; {sizes}; {config.out}; next: {command}"
-
-
-def size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-# The plan of a sweep that has not run.
-
-
-@dataclass
-class Cost:
-    """What one row of the table would cost."""
-
-    task: str
-    method: str
-    length: int | None
-    fraction: float
-    runs: int
-    images: int  # that pass in training, each as often as it does
-    flops: float
-    hours: float
-
-
-def plan(rows: list[Cost], speed: str) -> str:
-    """The costs as a table with their sums. speed: what the hours were computed from."""
+def plan(rows: list[list], speed: str) -> str:
+    """What a sweep would cost, as a table with sums. speed: what the hours were computed from."""
     head = ["task", "method", "L", "fraction", "runs", "image-steps", "PFLOP", "hours"]
-    sums = [
-        sum(column)
-        for column in zip(*((r.runs, r.images, r.flops, r.hours) for r in rows), strict=True)
-    ]
-    lines = [
-        [r.task, called(r.method), r.length, r.fraction, r.runs, r.images, r.flops, r.hours]
-        for r in rows
-    ]
+    sums = [sum(column) for column in zip(*(row[4:] for row in rows), strict=True)]
     made = [
         [*start, runs, f"{images:,}", f"{flops / 1e15:.4g}", f"{hours:.3g}"]
-        for *start, runs, images, flops, hours in [*lines, ["together", None, None, None, *sums]]
+        for *start, runs, images, flops, hours in [*rows, ["together", None, None, None, *sums]]
     ]
     return f"{markdown(head, made)}\nhours: on one device, at {speed}; evaluation is included"

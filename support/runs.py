@@ -19,10 +19,10 @@ import hashlib
 import io
 import json
 import math
-import socket
+import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -402,97 +402,66 @@ def write_texts(config: Any, model: Any, backbone: Any, data: Any) -> dict[str, 
     return scores
 
 
-# Many runs: what they found, and who performs them.
+# The lines that a run prints.
 
 
-def settings(config: Any) -> dict:
-    """All that decides a run's outcome."""
-    return {name: value for name, value in asdict(config).items() if name not in UNSEEN}
+def first_line(
+    config: Any, data: Any, backbone: Any, name: str, whose: str, count: int, dtype: str
+) -> str:
+    """What a run prints before it starts: data, method, settings and whose they are, machine."""
+    sizes = ", ".join(f"{data.count(split):,} {split}" for split in ("train", "val", "test"))
+    classes = "" if data.text else f"{len(data.classes)} classes; "
+    length = f"L {config.length}, " if config.tune == "prefix" else ""
+    base = "" if data.text else "base "
+    epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs} epochs"
+    normalisation = "" if data.text else f"{backbone.normalisation}; "
+    return (
+        f"{config.task}: {classes}{sizes} {data.unit}; "
+        f"{name}, {length}{base}lr {config.lr:g}, weight decay {config.wd:g} ({whose}), "
+        f"batch {config.batch}, {epochs} of {count:,} {data.unit}; "
+        f"{normalisation}{config.device}, {dtype}"
+    )
 
 
-class Results:
-    """results.jsonl: a line per finished run, or per stage of a run with --halving.
-
-    Only the main process writes it. A line that cannot be read is a run that is asked again, and
-    one that is over has kept its own result.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.lines: dict[str, dict] = {}
-        for text in path.read_bytes().splitlines() if path.exists() else ():
-            with suppress(ValueError, KeyError, TypeError):
-                line = json.loads(text)
-                self.lines[self.key(line["settings"], line["stop"])] = line
-
-    @staticmethod
-    def key(settings: dict, stop: int | None) -> str:
-        return json.dumps([settings, stop], sort_keys=True)
-
-    def complete(self, configs: list, stop: int | None, runner: Callable, bar: tqdm) -> list[dict]:
-        """The lines of these runs, in order. What is missing is performed, and kept at once."""
-        keys = [self.key(settings(config), stop) for config in configs]
-        missing = [c for c, key in zip(configs, keys, strict=True) if key not in self.lines]
-        bar.update(len(configs) - len(missing))
-        for line in runner(missing, stop):
-            self.lines[self.key(line["settings"], line["stop"])] = line
-            write(self.path, lines(list(self.lines.values())))
-            bar.update()
-        return [self.lines[key] for key in keys]
+def summary(history: list[dict], data: Any) -> str:
+    """What a run came to, and on how many images or texts."""
+    last = history[-1]
+    if last.get("status") == "diverged":
+        return f"diverged in epoch {last['epoch']}: the loss is not finite"
+    for split in ("val", "test"):
+        if split in last:
+            return f"{split} accuracy {last[split]:.2f} % of {data.count(split):,} {data.unit}"
+    hidden = ("epoch", "loss", "val loss", "status")
+    scores = [f"{name} {value:.2f}" for name, value in last.items() if name not in hidden]
+    return f"{', '.join(scores)}; {len(data.splits['test']):,} test sources"
 
 
-def in_turn(worker: Any, configs: list, stop: int | None) -> Iterator[dict]:
-    """Perform the runs one after another in this process."""
-    for config in configs:
-        yield worker.run(config, stop)
+def last_line(history: list[dict], config: Any, model: Any, backbone: Any, data: Any) -> str:
+    """What a run prints at its end: result, what was trained and remains, the next command."""
+    if history[-1].get("status") == "diverged":
+        return f"{summary(history, data)}; try a smaller --lr; {config.out}"
+    sizes = f"trained {size(model):,} parameters"
+    if model.backbone is None:
+        sizes += f" beside a frozen backbone of {size(backbone):,}"
+    else:
+        sizes += f", the backbone's {size(backbone):,} among them"
+
+    # The map that made the prefix is not needed any more.
+    remain = []
+    if model.prefix is not None:
+        remain.append(f"{model.prefix_kv(backbone).numel():,} of prefix")
+    if model.head is not None:
+        remain.append(f"{size(model.head):,} of head")
+    if model.backbone is None:
+        sizes += f"; {' and '.join(remain)} remain"
+
+    # An input on which to try it.
+    example = "assets/digit.png" if config.task == "digits" else "photo.jpg"
+    if data.text:
+        example = shlex.quote(data.splits["test"][0].source[:200])
+    command = f"python -m extras.sample {shlex.quote(config.out)} {example}"
+    return f"{summary(history, data)}; {sizes}; {config.out}; next: {command}"
 
 
-def on_ray(worker: type, address: str, device: str, stack: ExitStack) -> Callable:
-    """A runner whose workers are actors of a Ray cluster: one per GPU, or one per CPU core.
-
-    On a CPU a worker has as many threads, and so cores, as this process: sums made by the same
-    number of threads have the same last bit. A worker that dies is started again, and its run goes
-    on from its checkpoint. Several machines need --out and --data-dir on a disk they share.
-    """
-    try:
-        import ray
-        from ray.util import ActorPool
-    except ImportError:
-        raise UsageError("--ray needs Ray, which is not installed: pip install ray") from None
-    # Ray itself would try a wrong address for minutes, and then end the process.
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    code = {"working_dir": str(Path(__file__).parent.parent)}
-    code["excludes"] = ["/out", "/data", ".git"]  # type: ignore[assignment]
-    try:
-        if port.isdigit():
-            socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(address, runtime_env=code, log_to_driver=False, logging_level="ERROR")
-    except (OSError, RuntimeError, ValueError, OverflowError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(
-            f"no Ray cluster at '{address}' ({reason}); start one there: ray start --head; "
-            "or, if it asks for its token, set RAY_AUTH_MODE=token here"
-        ) from None
-    stack.callback(ray.shutdown)
-
-    # As many workers as the cluster has room for.
-    threads = torch.get_num_threads()
-    cores = int(ray.cluster_resources().get("CPU", 0))
-    count, share = max(1, cores // threads), {"num_cpus": min(threads, cores)}
-    if device == "cuda":
-        count, share = int(ray.cluster_resources().get("GPU", 0)), {"num_gpus": 1}
-    actor = ray.remote(max_restarts=-1, max_task_retries=5, **share)(worker)
-    pool = ActorPool([actor.remote(threads) for _ in range(count)])
-    print(f"Ray: {count} workers on {device}, {threads} CPU threads each")
-
-    def spread(configs: list, stop: int | None) -> Iterator[dict]:
-        try:
-            yield from pool.map_unordered(lambda a, config: a.run.remote(config, stop), configs)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from None  # what the worker raised, such as a UsageError
-        except ray.exceptions.RayActorError:
-            raise UsageError(
-                "a worker died six times in one run; has it enough memory? without --ray it says"
-            ) from None
-
-    return spread
+def size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -15,6 +16,7 @@ from shlex import split
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,7 +25,7 @@ import sweep as sweep_module
 from data import TASKS, Dataset
 from support import report
 from sweep import METHODS, Cell, Worker, best, expand, main, parse, stages
-from train import Config, TunedModel, image_loss, resolve
+from train import Config, TunedModel, image_loss, resolve, train
 from vit import ViT
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +34,7 @@ GRID = split("--lr 1 5 --wd 0 0.001 --seed 42 44 --epochs 2 --fraction 0.1")
 
 @pytest.fixture
 def words(small, tmp_path) -> list[str]:
-    return [*GRID, "--backbone", small, "--out", str(tmp_path), "--device", "cpu"]
+    return [*GRID, "--backbone", small, "--out", str(tmp_path), "--device", "cpu", "--workers", "1"]
 
 
 @pytest.fixture
@@ -111,7 +113,7 @@ def test_a_finished_sweep_recomputes_nothing_and_draws_the_same_report(words, pe
         for p in (tmp_path / "digits").iterdir()
         if p.suffix in (".md", ".png", ".jsonl")
     }
-    assert len(files) == 3
+    assert len(files) == 4
     performed.clear()
     assert main(words) == 0
     assert performed == []
@@ -159,7 +161,9 @@ def test_the_table_has_mean_standard_deviation_and_error_over_seeds_and_the_publ
     kept = {"settings": {"lr": 25.0, "wd": 1e-4}, "trained": 1, "backbone": 10, "val": 50.0}
     tested = [{"status": "done", "test": 60.0, "settings": {"seed": 42}}]
     cub = report.Row("cub", "deep-shallow", 100, 1.0, 5394, [], [kept], tested)
-    assert report.table([cub]).endswith("| 10.00 | 25 | 0.0001 | 50.00 | 60.00 | - | 1 | 87.2 |")
+    assert report.table([cub]).endswith(
+        "| 10.00 | 25 | 0.0001 | 50.00 | 60.00 | - | 1 | 87.2 | -27.20 | no |"
+    )
     assert report.table([replace(cub, fraction=0.5)]).endswith("| - |")  # the paper used all images
 
 
@@ -167,7 +171,7 @@ def test_every_method_and_length_can_be_swept(words, tmp_path):
     words += split("--epochs 1 --lr 0.5 --wd 0 --fraction 0.05 --seed 1")
     assert main([*words, "--methods", *METHODS, "--length", "2", "3"]) == 0
     found = lines(tmp_path / "digits")
-    cells = 8 * 2 + 2  # prefixes x lengths, and probe and full, which have no prefix
+    cells = 16 * 2 + 2  # prefixes x lengths, and probe and full, which have no prefix
     assert len(found) == cells * 2
     assert {r["status"] for r in found} == {"done"}
     text = (tmp_path / "digits" / "report.md").read_text()
@@ -245,7 +249,7 @@ def test_the_plan_of_a_paper_like_task_is_within_15_percent_of_what_its_runs_are
     )
     for module in (data_module, sweep_module):
         monkeypatch.setattr(module, "TASKS", {"digits": digits, "birds": task})
-    words = split("--tasks paper --methods deep --lr 1 --wd 0 --seed 1 2") + words[-4:]
+    words = split("--tasks paper --methods deep --lr 1 --wd 0 --seed 1 2") + words[-6:]
     assert main([*words, "--dry-run", "--img-per-s", "1000"]) == 0
     (row,) = [
         line.strip("| ").split(" | ")
@@ -320,31 +324,90 @@ def descendants(pid: int) -> list[tuple[int, str]]:
 
 
 @pytest.mark.slow
-def test_ray_workers_find_the_same_numbers_and_one_that_is_killed_is_retried(words, tmp_path):
-    pytest.importorskip("ray")
-    words, env = (
-        [*words, "--epochs", "40", "--methods", "deep"],
-        os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+@pytest.mark.parametrize("how", [["--workers", "2"], ["--ray", "local"]], ids=["workers", "ray"])
+def test_several_workers_find_the_same_lines_and_one_that_is_killed_is_replaced(
+    how, words, tmp_path
+):
+    if "--ray" in how:
+        pytest.importorskip("ray")
+    words += ["--epochs", "40", "--methods", "deep"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
     alone = [sys.executable, "sweep.py", *words, "--out", str(tmp_path / "alone")]
     subprocess.run(alone, cwd=ROOT, env=env, check=True, capture_output=True)
-    command = [sys.executable, "sweep.py", *words, "--out", str(tmp_path / "ray"), "--ray", "local"]
+    command = [sys.executable, "sweep.py", *words, *how, "--out", str(tmp_path / "many")]
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     killed = None
     while killed is None and process.poll() is None:
         workers = [
-            pid for pid, name in descendants(process.pid) if name.startswith("ray::Worker.run")
+            pid
+            for pid, name in descendants(process.pid)
+            if name.startswith("ray::Worker.run") or "spawn_main" in name
         ]
-        if workers and list((tmp_path / "ray" / "digits" / "runs").glob("*/state.pt")):
+        if workers and list((tmp_path / "many" / "digits" / "runs").glob("*/state.pt")):
             killed = workers[0]
             os.kill(killed, signal.SIGKILL)
         time.sleep(0.05)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     assert killed is not None
-    assert numbers(tmp_path / "ray" / "digits") == numbers(tmp_path / "alone" / "digits")
-    assert (tmp_path / "ray/digits/report.md").read_bytes() == (
-        tmp_path / "alone/digits/report.md"
-    ).read_bytes()
+    many, alone = tmp_path / "many" / "digits", tmp_path / "alone" / "digits"
+    assert numbers(many) == numbers(alone)
+    assert (many / "report.md").read_bytes() == (alone / "report.md").read_bytes()
+
+
+def test_a_run_without_memory_is_marked_failed_and_is_done_again_at_the_next_start(
+    words, tmp_path, monkeypatch
+):
+    words += ["--methods", "probe", "--seed", "42"]
+
+    def too_large(config, *rest):
+        if config.lr == 5 and config.wd == 0 and not config.final:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return train(config, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_module, "train", too_large)
+        assert main(words) == 0
+    assert [r["status"] for r in lines(tmp_path / "digits")].count("failed") == 1
+    assert "Failed for want of memory (1 run" in (tmp_path / "digits" / "report.md").read_text()
+    assert main(words) == 0
+    assert {r["status"] for r in lines(tmp_path / "digits")} == {"done"}
+
+
+def test_a_line_of_another_backbone_is_named_and_never_reported(words, small, tmp_path, capsys):
+    words += [
+        "--methods",
+        "probe",
+        "--seed",
+        "42",
+        "--backbone",
+        str(tmp_path / "mine.safetensors"),
+    ]
+    shutil.copy(small, tmp_path / "mine.safetensors")
+    assert main(words) == 0
+    vit = ViT.from_file(small)
+    vit.norm.weight.data += 1
+    save_file(vit.state_dict(), tmp_path / "mine.safetensors", {"vit": json.dumps(vit.sizes)})
+    assert main(words) == 2
+    assert "holds results of another backbone than there is now" in capsys.readouterr().err
+
+
+def test_a_random_backbone_is_its_seeds_own(tmp_path):
+    worker, found = Worker(1), []
+    for seed in (42, 44, 42):
+        config = resolve(Config(backbone="scratch", seed=seed, device="cpu", out=str(tmp_path)))
+        found.append(worker.identity(config)["backbone"])
+    assert found[0] == found[2] != found[1]
+
+
+def test_two_tasks_that_would_share_a_folder_are_refused_before_anything_starts(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name / "birds").mkdir(parents=True)
+    assert main(["--tasks", "a/birds", "b/birds", "--backbone", "scratch"]) == 2
+    assert "a/birds and b/birds would share a folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
