@@ -93,7 +93,7 @@ TRAIN = {
         "save the file in this encoding",
     ),
     "--task pairs.jsonl --tune linear": ("--tune linear", "use prefix or full"),
-    "--task pairs.jsonl --backbone tiny": ("no GPT 'tiny'", "possible are gpt2, "),
+    "--task pairs.jsonl --backbone tiny": ("no GPT 'tiny'", "possible are tiny_gpt, "),
     "--task pairs.jsonl --backbone empty": (
         "empty/config.json",
         "give one that you have: --backbone",
