@@ -26,6 +26,10 @@ NAMES = {
     "simple": "Simple-share",
     "deep": "Deep-share",
     "linear": "Linear-share",
+    "identity": "no map, one vector",
+    "simple-separate": "frozen layer, two vectors",
+    "linear-separate": "linear map, two vectors",
+    "deep-separate": "MLP, two vectors",
     "probe": "linear probe",
     "full": "full fine-tuning",
 }
