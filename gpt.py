@@ -29,13 +29,15 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from vit import Attention, attention, build, read_weights
+from vit import Attention, attention, build, read_folder, read_weights
 
-HUB: dict[str, dict] = {  # repositories openai-community/NAME
-    "gpt2": {"dim": 768, "n_layer": 12, "n_head": 12},
+HUB: dict[str, dict] = {  # sizes that differ from gpt2's
+    "distilgpt2": {"n_layer": 6},
+    "gpt2": {},
     "gpt2-medium": {"dim": 1024, "n_layer": 24, "n_head": 16},
     "gpt2-large": {"dim": 1280, "n_layer": 36, "n_head": 20},
 }
+TOKENS = {"gpt2": 50257, "bytes": 257}  # how many tokens an encoding has
 TINY_GPT: dict = {"vocab": 257, "context": 512, "dim": 128, "n_layer": 4, "n_head": 4}
 TINY_GPT |= {"encoding": "bytes"}
 TINY_GPT_WEIGHTS = Path(__file__).parent / "assets" / "tiny_gpt.safetensors"
@@ -96,6 +98,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2: learned positions, norms before layers, tanh GELU, tied head, no dropout.
 
+    vocab: rows of the token table. Rows beyond the encoding's tokens (a [PAD] that was added, a
+        table padded to a round number) belong to no token: they are never scored or written.
     encoding: the name of the tokens it reads, for data.py.
     """
 
@@ -116,7 +120,8 @@ class GPT(nn.Module):
             **{"vocab": vocab, "context": context, "dim": dim, "n_layer": n_layer},
             **{"n_head": n_head, "eps": eps, "encoding": encoding},
         }
-        self.vocab, self.context, self.encoding = vocab, context, encoding
+        self.vocab = self.n_tokens = min(vocab, TOKENS.get(encoding, vocab))  # V
+        self.context, self.encoding = context, encoding
         self.dim, self.n_layer, self.n_head = dim, n_layer, n_head
         self.inputs = {"encoding": encoding}  # what `data.load` has to make for this model
         self.prefix_init_scale = 3**0.5  # uniform, with the variance of Li & Liang's N(0, 1)
@@ -174,7 +179,7 @@ class GPT(nn.Module):
             seen = (last_mask if last else mask)[..., 0 if layer_kv is not None else length :]
             positions = target_positions if last else None
             x = block(x, layer_kv, seen, positions, attn_weights, kv)  # (B, T, D); last (B, Q, D)
-        return F.linear(self.norm(x), self.wte.weight)  # (B, T or Q, V): the head is tied
+        return F.linear(self.norm(x), self.wte.weight[: self.n_tokens])  # (B, T or Q, V)
 
     def generate(
         self,
@@ -222,8 +227,8 @@ class GPT(nn.Module):
     @classmethod
     def load(cls, name: str, pretrained: bool = True) -> "GPT":
         """tiny_gpt: the shipped weights. scratch_gpt: the same shape, random. gpt2, gpt2-medium,
-        gpt2-large: from the hub. Otherwise a folder with a GPT-2 that transformers saved, or a
-        .safetensors file that `train.py --tune full` saved.
+        gpt2-large, distilgpt2: from the hub. Otherwise a folder with a GPT-2 that transformers
+        saved, or a .safetensors file that `train.py --tune full` saved.
 
         pretrained: False gives the hub's names random weights and needs no download.
         Raises ValueError, in one sentence, for a file or a model that is not a GPT-2.
@@ -232,17 +237,22 @@ class GPT(nn.Module):
             return cls(**TINY_GPT)
         if name == "tiny_gpt" or name.endswith(".safetensors"):
             return cls.from_file(TINY_GPT_WEIGHTS if name == "tiny_gpt" else name)
-        if name in HUB and not pretrained:
-            return cls(**HUB[name])
-        if name in HUB:
-            path = hf_hub_download(f"openai-community/{name}", "model.safetensors")
-            return build(cls, HUB[name], converted(read_weights(path)[0]), path)
         if Path(name).is_dir():
             sizes = read_config(Path(name, "config.json"))
-            state, _ = read_weights(Path(name, "model.safetensors"))
-            return build(cls, sizes, converted(state), name)
-        names = ", ".join([*HUB, "tiny_gpt", "scratch_gpt"])
-        raise ValueError(f"no GPT '{name}'; possible are {names}, a folder or a .safetensors file")
+            return build(cls, sizes, converted(read_folder(Path(name))), name)
+
+        # The hub's names, with their owner or without.
+        short = name.removeprefix("openai-community/").removeprefix("distilbert/")
+        if short not in HUB:
+            names = ", ".join(["tiny_gpt", "scratch_gpt", *HUB])
+            raise ValueError(
+                f"no GPT '{name}'; possible are {names}, a folder or a .safetensors file"
+            )
+        if not pretrained:
+            return cls(**HUB[short])
+        owner = "distilbert" if short == "distilgpt2" else "openai-community"
+        path = hf_hub_download(f"{owner}/{short}", "model.safetensors")
+        return build(cls, HUB[short], converted(read_weights(path)[0]), path)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "GPT":
@@ -280,6 +290,9 @@ def converted(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         for old, new in OURS.items():
             name = name.replace(old, new)
         state["blocks" + name.removeprefix("h") if name.startswith("h.") else name] = value
+    head = theirs.get("lm_head.weight")
+    if head is not None and "wte.weight" in state and not torch.equal(head, state["wte.weight"]):
+        raise ValueError("its lm_head differs from wte; gpt.py holds a GPT-2 with a tied head only")
     return state
 
 
@@ -296,13 +309,16 @@ PLAIN = {  # what a config.json may say of a plain GPT-2; the first value is tra
 
 
 def read_config(path: Path) -> dict:
-    """The sizes in a config.json of transformers. Raises ValueError if it describes no GPT-2."""
+    """The sizes that a config.json of transformers names; the others are gpt2's, as they are there.
+
+    Raises ValueError if it describes no GPT-2.
+    """
     try:
         config = json.loads(path.read_text())
-        sizes = {ours: config[theirs] for ours, theirs in SIZES.items()}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or describes no GPT-2 ({error})") from error
-    for name, possible in (PLAIN | {"n_inner": (None, 4 * sizes["dim"])}).items():
+        sizes = {ours: config[theirs] for ours, theirs in SIZES.items() if theirs in config}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+    for name, possible in (PLAIN | {"n_inner": (None, 4 * sizes.get("dim", 768))}).items():
         if config.get(name, possible[0]) not in possible:
             raise ValueError(f"{path} says {name} {config[name]}; gpt.py holds a plain GPT-2 only")
     return sizes
@@ -348,7 +364,7 @@ class Cache:
             mask = self.seen[:, None, :, -filled.shape[-2] :]  # without a prefix L columns fewer
             x = block.step(x, filled, mask)
         self.position = self.position + 1
-        return F.linear(self.model.norm(x), self.model.wte.weight)
+        return F.linear(self.model.norm(x), self.model.wte.weight[: self.model.n_tokens])
 
     def keep(self, rows: list[int]) -> list[int]:
         """Only these prompts stay, in the order that is returned.

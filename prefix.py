@@ -44,8 +44,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SHARE = ("none", "simple", "linear", "deep")
-SHARE += ("identity", "simple-separate", "linear-separate", "deep-separate")
+SHARE = (
+    *("none", "simple", "linear", "deep"),
+    *("identity", "simple-separate", "linear-separate", "deep-separate"),
+)
 
 
 class GroupedLinear(nn.Module):

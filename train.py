@@ -128,7 +128,7 @@ def fit(  # noqa: C901, PLR0915  (one run, one story)
     status = history[-1].get("status", "running") if history else "running"
     last_epoch = min(stop or config.epochs, config.epochs)
     progress = {"total": config.epochs * count, "initial": len(history) * count, "unit": data.unit}
-    bar = tqdm(desc=f"{data.task} {method_name(config)}", **progress, **BAR)
+    bar = tqdm(desc=f"{data.task} {report.called(method(config))}", **progress, **BAR)
 
     while len(history) < last_epoch and status == "running":
         # Dropout depends on seed and epoch alone: an epoch needs no state of those before it.
@@ -187,9 +187,9 @@ def fit(  # noqa: C901, PLR0915  (one run, one story)
         elif config.final:
             metrics = runs.write_texts(config, model, backbone, data)
         history[-1] |= {"status": status, **metrics}
-        curve = f"{config.task}, {method_name(config)}: {runs.summary(history, data)}"
+        curve = f"{config.task}, {report.called(method(config))}: {runs.summary(history, data)}"
         runs.save(out, metadata, model, optimizer, history, curve if config.final else "")
-    return Result(status, history[-1], history, model, out)
+    return Result(status, history[-1], history, model, out)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -375,16 +375,11 @@ def method(config: Config) -> str:
     return config.share + ("-shallow" if config.shallow else "")
 
 
-def method_name(config: Config) -> str:
-    """The same for people."""
-    return report.called(method(config))
-
-
 def resolve(config: Config) -> Config:
     """Fill in every None and "auto" but dtype. UsageError for a value that no run can have."""
     task = find(config.task)
     length, lr, wd = default_settings(config)
-    defaults = {
+    defaults: dict[str, Any] = {
         "length": length,
         "lr": lr,
         "wd": wd,
@@ -430,7 +425,7 @@ def run(argv: list[str] | None) -> int:
     prepare_process()
     backbone = load_backbone(config)
     data = load(config.task, config.data_dir, **backbone.inputs)
-    name = method_name(config)
+    name = report.called(method(config))
     count = data.count(training_split(config, data), config.fraction)
     dtype = "bf16" if use_bf16(config, backbone) else "fp32"
     print(runs.first_line(config, data, backbone, name, whose_settings(config), count, dtype))
@@ -443,8 +438,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     """The command line of one run, made from Config."""
     made = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     add_options(made, Config)
-    shared = {"dest": "share", "action": "store_const", "const": "deep"}
-    made.add_argument("--shared", **shared, help="the same as --share deep")
+    same = "the same as --share deep"
+    made.add_argument("--shared", dest="share", action="store_const", const="deep", help=same)
     return made
 
 

@@ -14,6 +14,7 @@ Modules are named as in timm, so timm's weights load as they are. Sources: Dosov
 2021 (arXiv 2010.11929); Le et al., ICLR 2025 (arXiv 2410.02200), eq. 1 for the prefix.
 """
 
+import difflib
 import json
 import textwrap
 from pathlib import Path
@@ -23,30 +24,25 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 IN21K = "vit_base_patch16_224.orig_in21k"  # the backbone of VPT and of the paper, in timm's words
-TINY = {"image": 32, "patch": 8, "dim": 32, "n_layer": 8, "n_head": 4}
+TINY: dict = {"image": 32, "patch": 8, "dim": 32, "n_layer": 8, "n_head": 4}
 TINY_WEIGHTS = Path(__file__).parent / "assets" / "tiny_vit.safetensors"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    attn_weights: list | None = None,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, attn_weights: list | None = None
 ) -> Tensor:
     """softmax(q k^T / sqrt(Dh)) v: q (B, H, Nq, Dh), k and v (B, H, L + N, Dh) -> (B, H, Nq, Dh).
 
     mask: (Nq, L + N), or with B and 1 before that; True where a query may choose an expert.
     attn_weights: a list that receives the softmax (B, H, Nq, L + N), for those who want to see it.
     """
-    # The fused kernel (flash attention on CUDA) never stores the scores. In bf16 on a CPU it is
-    # the slower of the two.
+    # The fused kernel (flash attention on CUDA) stores no scores. On a CPU it is slow in bf16.
     if attn_weights is None and (q.is_cuda or q.dtype != torch.bfloat16):
         q = q.contiguous()  # copy q: a view would keep the whole qkv tensor alive until backward
         return F.scaled_dot_product_attention(q, k, v, mask)  # (B, H, Nq, Dh)
@@ -168,7 +164,7 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """A plain ViT: square images in patches, a CLS token, learned positions, norms before layers.
 
-    image, patch: side of an image and of a patch, in pixels. hidden: width of the MLPs (None: 4 D).
+    image, patch: their sides, in pixels. hidden: width of the MLPs (None: 4 D).
     eps: of the layer norms. mean, std: of the pixels that the weights were trained on, per colour.
     """
 
@@ -188,7 +184,7 @@ class ViT(nn.Module):
     ):
         super().__init__()
         hidden = hidden or 4 * dim
-        self.sizes = {
+        self.sizes: dict = {
             **{"image": image, "patch": patch, "dim": dim, "n_layer": n_layer, "n_head": n_head},
             **{"hidden": hidden, "eps": eps, "mean": mean, "std": std},
         }
@@ -210,12 +206,11 @@ class ViT(nn.Module):
     @property
     def normalisation(self) -> str:
         """The mean and the standard deviation of `normalise`, in words."""
-        mean, std = self.sizes["mean"], self.sizes["std"]
-        if (*mean, *std) == (*IMAGENET_MEAN, *IMAGENET_STD):
+        mean, std = ([round(x, 4) for x in self.sizes[name]] for name in ("mean", "std"))
+        if mean == list(IMAGENET_MEAN) and std == list(IMAGENET_STD):
             return "ImageNet mean and std"
-        if len({*mean, *std}) == 1:
-            return f"mean and std {mean[0]:g} (timm's)"
-        return f"mean {', '.join(f'{m:g}' for m in mean)}, std {', '.join(f'{s:g}' for s in std)}"
+        both = f"and std {mean[0]}" if len({*mean, *std}) == 1 else f"{mean} and std {std}"
+        return f"mean {both} (the backbone's)"
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """pixels (B, size, size, 3) uint8 -> images (B, 3, size, size) float32, as the ViT wants.
@@ -227,17 +222,13 @@ class ViT(nn.Module):
         return images.sub_(self.mean).div_(self.std)  # in place: half the time on a CPU
 
     def forward(
-        self,
-        images: Tensor,
-        prefix_kv: Tensor | None = None,
-        attn_weights: list | None = None,
+        self, images: Tensor, prefix_kv: Tensor | None = None, attn_weights: list | None = None
     ) -> Tensor:
         """images (B, 3, size, size) -> (B, D): CLS after the final norm.
 
         prefix_kv: from `Prefix`, (depth, 2, H, L, Dh), or (depth, 2, B, H, L, Dh) if every example
             has its own. Layers beyond depth have none.
-        attn_weights: a list that receives every layer's attention weights, (B, H, N, L + N), from
-            the last layer (B, H, 1, L + N).
+        attn_weights: a list that receives every layer's (B, H, N, L + N), at last (B, H, 1, L + N).
         """
         # Patches become tokens. CLS comes first, and every token learns its place.
         x = self.patch_embed(images)  # (B, N - 1, D)
@@ -259,59 +250,97 @@ class ViT(nn.Module):
 
     @classmethod
     def load(cls, name: str, pretrained: bool = True) -> "ViT":
-        """tiny: the shipped weights. scratch: the same shape, random. Otherwise a .npz file of the
-        original ViT, a .safetensors file that `train.py --tune full` saved, or a name of timm's.
+        """tiny: the shipped weights. scratch: the same shape, random. Or a name of timm's, a hub id
+        (timm/...), a folder that timm or transformers saved, a .safetensors file or a .npz file.
 
         pretrained: False gives a timm name random weights and needs no download.
         Raises ValueError, in one sentence, for a file or a model that is not a plain ViT.
         """
         if name == "scratch":
             return cls(**TINY)
-        if name == "tiny" or name.endswith(".safetensors"):
-            return cls.from_file(TINY_WEIGHTS if name == "tiny" else name)
+        if name == "tiny":
+            return cls.from_file(TINY_WEIGHTS)
+        if name.endswith(".safetensors"):
+            return cls.from_file(name)
         if name.endswith(".npz"):
             return cls.from_timm(read_npz(name), name)
-        return cls.from_timm(timm.create_model(name, pretrained=pretrained, num_classes=0), name)
+        if Path(name).is_dir():
+            return cls.from_folder(Path(name))
+        return cls.from_timm(create(name, pretrained), name)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ViT":
-        """A ViT that `train.py --tune full` saved, its sizes in the metadata."""
+        """A ViT that `train.py --tune full` saved, its sizes in the metadata, or a timm file."""
         state, metadata = read_weights(path)
-        if "vit" not in metadata:
-            raise ValueError(f"{path} holds no ViT of this repository (its metadata name no sizes)")
-        return build(cls, json.loads(metadata["vit"]), state, path)
+        if "vit" in metadata:
+            return build(cls, json.loads(metadata["vit"]), state, path)
+        if Path(path).with_name("config.json").exists():
+            return cls.from_folder(Path(path).parent)
+
+        # timm's files do not tell the number of heads. The usual sizes are known by their width.
+        width = state["cls_token"].shape[-1] if "cls_token" in state else None
+        if width not in HEADS:
+            raise ValueError(f"{path} does not tell its sizes; put timm's config.json beside it")
+        return cls.from_state(state, path, n_head=HEADS[width], mean=HALF, std=HALF)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "ViT":
+        """A folder with a config.json: of timm's, or of a ViT that transformers saved."""
+        config = json.loads((folder / "config.json").read_text())
+        if "architecture" in config:
+            return cls.from_timm(create(f"local-dir:{folder}", pretrained=True), str(folder))
+        if config.get("model_type") != "vit" or config.get("hidden_act", "gelu") != "gelu":
+            raise ValueError(f"{folder / 'config.json'} describes no ViT of timm or transformers")
+        reader = folder / "preprocessor_config.json"
+        pixels = json.loads(reader.read_text()) if reader.exists() else {}
+        heads, eps = config.get("num_attention_heads", 12), config.get("layer_norm_eps", 1e-12)
+        sizes = {"n_head": heads, "eps": eps}
+        sizes |= {name: pixels.get(f"image_{name}", HALF) for name in ("mean", "std")}
+        return cls.from_state(from_transformers(read_folder(folder)), folder, **sizes)
 
     @classmethod
     def from_timm(cls, source: nn.Module, name: str) -> "ViT":
         """The weights of a plain timm ViT, with the same outputs."""
-        # What a plain ViT has not, in words.
-        state = source.state_dict()
-        reasons = [reason for part, reason in NOT_PLAIN.items() if part in state]
         if not isinstance(source, timm.models.VisionTransformer):
-            reasons = [f"is a {type(source).__name__}"]
-        elif not {"cls_token", "pos_embed"} <= state.keys():
-            reasons.append("has no class token, or no learned positions")
-        elif getattr(source.blocks[0].mlp.act, "approximate", "") != "none":
-            reasons.append("does not use exact GELU")
-        if reasons:
-            raise ValueError(f"'{name}' {reasons[0]}; vit.py holds plain ViTs only, as '{IN21K}'")
+            raise ValueError(f"'{name}' is a {type(source).__name__}; {ONLY_PLAIN}")
+        block = source.blocks[0]
+        sizes = {"n_head": block.attn.num_heads, "eps": block.norm1.eps}
 
-        # The same sizes, the same weights.
-        block, patches = source.blocks[0], source.patch_embed
-        sizes = {"image": patches.img_size[0], "patch": patches.patch_size[0]}
-        sizes |= {"dim": source.embed_dim, "n_layer": len(source.blocks)}
-        sizes |= {"n_head": block.attn.num_heads, "hidden": block.mlp.fc1.out_features}
-        vit = build(cls, sizes | {"eps": block.norm1.eps}, state, name)
+        # VPT and the paper normalise with ImageNet's mean and std; other weights have their own.
+        pixels = getattr(source, "pretrained_cfg", None)
+        if pixels and f"{pixels.get('architecture')}.{pixels.get('tag')}" != IN21K:
+            sizes |= {"mean": pixels["mean"], "std": pixels["std"]}
+        vit = cls.from_state(source.state_dict(), name, **sizes)
 
-        # Weights do not tell every difference (another GELU, another epsilon); outputs do.
-        probe = torch.linspace(-1, 1, 3 * vit.image_size**2).view(1, 3, vit.image_size, -1)
+        # Weights do not tell every difference, such as another GELU; outputs do.
+        size, draw = vit.image_size, torch.Generator().manual_seed(0)
+        probe = torch.randn(1, 3, size, size, generator=draw)
         with torch.no_grad():
             error = (vit(probe) - source.eval()(probe)).abs().max().item()
         if error > 1e-3:
-            raise ValueError(f"'{name}' is no plain ViT (its outputs differ by {error:.1g})")
+            raise ValueError(f"'{name}' has other outputs (by {error:.1g}); {ONLY_PLAIN}")
         return vit
 
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor], name: str | Path, **sizes: Any) -> "ViT":
+        """A ViT with weights under timm's names. Its other sizes are those of the weights."""
+        for part, reason in NOT_PLAIN.items():
+            if part in state:
+                raise ValueError(f"'{name}' {reason}; {ONLY_PLAIN}")
+        if not {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= state.keys():
+            raise ValueError(f"'{name}' has no class token or no positions; {ONLY_PLAIN}")
+        dim, _, _, patch = state["patch_embed.proj.weight"].shape  # (D, 3, patch, patch)
+        image = patch * round((state["pos_embed"].shape[1] - 1) ** 0.5)  # from (1, N, D)
+        depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+        sizes |= {"image": image, "patch": patch, "dim": dim, "n_layer": depth}
+        sizes["hidden"] = len(state["blocks.0.mlp.fc1.bias"])
+        body = {key: value for key, value in state.items() if not key.startswith("head.")}
+        return build(cls, sizes, body, name)
 
+
+HALF = (0.5,) * 3  # the mean and the std that timm and transformers assume
+ONLY_PLAIN = f"vit.py holds plain ViTs only, such as '{IN21K}'"
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of ViT-Ti, S, B, L, H by their width
 NOT_PLAIN = {  # parameters that a plain ViT does not have, and what they mean
     "dist_token": "has a distillation token",
     "reg_token": "has register tokens",
@@ -321,6 +350,44 @@ NOT_PLAIN = {  # parameters that a plain ViT does not have, and what they mean
     "attn_pool.latent": "has a pooling head",
     "fc_norm.weight": "reads the mean of its tokens, not CLS",
 }
+TRANSFORMERS = {  # what transformers calls the parts of timm's ViT, in the order of replacement
+    **{"embeddings.patch_embeddings.projection": "patch_embed.proj", "encoder.layer.": "blocks."},
+    **{"embeddings.cls_token": "cls_token", "embeddings.position_embeddings": "pos_embed"},
+    **{"attention.output.dense": "attn.proj", "intermediate.dense": "mlp.fc1"},
+    **{"output.dense": "mlp.fc2", "layernorm_before": "norm1", "layernorm_after": "norm2"},
+    **{"layernorm.": "norm."},
+}
+
+
+def create(name: str, pretrained: bool) -> nn.Module:
+    """A model of timm's by its name, by its id on the hub, or from a folder (local-dir:...)."""
+    source = f"hf-hub:{name}" if "/" in name and ":" not in name else name
+    try:
+        return timm.create_model(source, pretrained=pretrained, num_classes=0)
+    except (RuntimeError, ValueError) as error:
+        known = ["tiny", "scratch", *timm.list_models(), *timm.list_pretrained()]
+        close = " or ".join(f"'{near}'" for near in difflib.get_close_matches(name, known, 2))
+        hint = f"did you mean {close}?" if close else "give a name of timm's, a folder or a file"
+        raise ValueError(
+            f"no ViT '{name}' ({textwrap.shorten(str(error), 120)}); {hint}"
+        ) from error
+
+
+def from_transformers(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of transformers' ViT under timm's names."""
+    state = {}
+    for key, value in theirs.items():
+        name = key.removeprefix("vit.")
+        for old, new in TRANSFORMERS.items():
+            name = name.replace(old, new)
+        if not name.startswith(("classifier.", "pooler.")):
+            state[name] = value
+
+    # W_q, W_k and W_v are three matrices there.
+    for name in [name for name in state if ".query." in name]:
+        qkv = [state.pop(name.replace("query", part)) for part in ("query", "key", "value")]
+        state[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(qkv)
+    return state
 
 
 def read_npz(path: str | Path) -> nn.Module:
@@ -333,20 +400,34 @@ def read_npz(path: str | Path) -> nn.Module:
         hidden = flax[f"{block}/MlpBlock_3/Dense_0/kernel"].shape[1]  # (D, hidden)
         depth = len({name.split("/")[1] for name in flax.files if "encoderblock_" in name})
     sizes = {"embed_dim": dim, "depth": depth, "num_heads": heads, "mlp_ratio": hidden / dim}
-    image = patch * round((count - 1) ** 0.5)
-    source = timm.models.VisionTransformer(image, patch, num_classes=0, **sizes)
+    sizes |= {"img_size": patch * round((count - 1) ** 0.5), "patch_size": patch}
+    source = timm.models.VisionTransformer(num_classes=0, **sizes)
     source.load_pretrained(str(path))
     return source
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a .safetensors file. Raises ValueError if it is damaged."""
+    """The tensors and the metadata of a .safetensors or .bin file. ValueError if it is damaged."""
     try:
+        if str(path).endswith(".bin"):
+            return torch.load(path, map_location="cpu", weights_only=True), {}
         with safe_open(path, "pt") as file:
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle may lead to anything
+        raise ValueError(f"{path} is damaged ({textwrap.shorten(str(error), 120)})") from error
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """The weights in a folder of transformers: one file or several shards."""
+    whole, shards = ("model.safetensors", "pytorch_model.bin"), ("model-*.safetensors", "*-*.bin")
+    for pattern in (whole[0], shards[0], whole[1], shards[1]):
+        if paths := sorted(folder.glob(pattern)):
+            parts = [read_weights(path)[0] for path in paths]
+            return {name: value for part in parts for name, value in part.items()}
+    raise ValueError(f"{folder} holds no {' or '.join(whole)}")
 
 
 def build(

@@ -19,7 +19,13 @@ from support.metrics import RULES, score
 def read(path: Path) -> tuple[list[str], list[SimpleNamespace]]:
     """The outputs, and beside each its references and its group."""
     outputs, pairs = [], []
-    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{path} cannot be read ({error}); name a run's generated.jsonl"
+        ) from error
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -29,7 +35,7 @@ def read(path: Path) -> tuple[list[str], list[SimpleNamespace]]:
             texts = []
         if len(texts) < 2 or not all(isinstance(text, str) for text in texts):
             wanted = '{"references": ["...", ...], "output": "..."}'
-            raise UsageError(f"{path} line {number}: not {wanted}, but {line[:40]}")
+            raise UsageError(f"{path} line {number}: not {wanted}, but {line[:40]}; mend it")
         outputs.append(texts[0])
         pairs.append(SimpleNamespace(references=texts[1:], group=str(row.get("group", ""))))
     if not outputs:
@@ -37,7 +43,7 @@ def read(path: Path) -> tuple[list[str], list[SimpleNamespace]]:
     return outputs, pairs
 
 
-def work() -> None:
+def work(argv: list[str] | None) -> None:
     parser = Parser(
         prog="python -m extras.score", description="Score written texts.", allow_abbrev=False
     )
@@ -48,7 +54,7 @@ def work() -> None:
         "--rules", choices=RULES, default="plain", help="as which task's papers score"
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     scores, missing = score(*read(options.file), options.rules)
     print(*missing, sep="\n", end="\n" if missing else "", file=sys.stderr)
     if options.json:
@@ -57,5 +63,9 @@ def work() -> None:
         print(*(f"{name:20} {value:8.2f}" for name, value in scores.items()), sep="\n")
 
 
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(lambda: work(argv))
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(work))
+    sys.exit(main())

@@ -1,1 +1,1 @@
-"""What the paper does not need to be understood: options, files, downloads, formats, pictures, measurements."""
+"""What a reader of the paper may skip: files, images, benchmarks, texts, scores, runs, reports."""

@@ -86,8 +86,8 @@ class Split:
         n, height, width, _ = images.shape
         sides = np.full((n, 2), (height, width))
         index = np.column_stack([np.arange(n) * height * width * 3, sides, labels])
-        made = hashlib.sha256(images)
-        made.update(index)
+        made = hashlib.sha256(images.data)
+        made.update(index.data)
         return cls(images.reshape(-1), index, made.hexdigest())
 
     @classmethod
@@ -101,7 +101,7 @@ class Split:
             # nothing in the file is believed before its digest is known to be right
             made = names_digest(files)
             for start in tqdm(range(0, len(body), BLOCK), f"checking {path.name}", delay=2):
-                made.update(body[start : start + BLOCK])
+                made.update(body[start : start + BLOCK].data)
                 release(mapping)
             if made.digest() == digest:
                 end = len(body) - 32 * len(files)
@@ -126,9 +126,10 @@ def visible(name: str) -> bool:
     return not name.startswith(".") and name not in LEFT_BEHIND
 
 
-def image_files(top: Path) -> tuple[list[str], Counter]:
+def image_files(top: Path) -> tuple[list[str], Counter[str]]:
     """Image files as paths below `top`, in torchvision's order; how many others, by ending."""
-    found, others = [], Counter()
+    found: list[str] = []
+    others: Counter[str] = Counter()
     seen = {os.path.realpath(folder) for folder in (top, *top.absolute().parents)}
     for root, folders, files in os.walk(top, followlinks=True):
         # a link to a folder that was seen leads in a circle
@@ -245,13 +246,13 @@ def decode(temporary: Path, name: str, base: Path, files: Files, resize: Side) -
                 faults.append(image)
                 continue
             index[i] = out.tell(), *image.shape[:2], files[i][1]
-            made.update(image)
+            made.update(image.data)
             out.write(image.data)
         if faults:
             raise BrokenImages(faults)
 
         # where they are, and the digest
-        made.update(index)
+        made.update(index.data)
         out.write(index.tobytes() + made.digest())
         out.flush()
         os.fsync(out.fileno())  # a power cut after the renaming finds it on the disk

@@ -261,7 +261,7 @@ def prepare_process() -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing goes back
 
 
-def device(name: str) -> str:
+def device(name: str) -> Any:
     """Where to compute; auto is the GPU if there is one. UsageError for a GPU that there is not."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError(

@@ -22,7 +22,7 @@ signal.signal(
 
 @pytest.fixture
 def small_vit() -> ViT:
-    """Random and frozen: 16 x 16 images in 4 patches, D 16, 3 layers, 2 heads; no parameter at its default."""
+    """Random, frozen: 16 x 16 images in 4 patches, D 16, 3 layers, 2 heads; no default left."""
     torch.manual_seed(0)
     vit = ViT(image=16, patch=8, dim=16, n_layer=3, n_head=2)
     for parameter in vit.parameters():

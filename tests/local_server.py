@@ -1,4 +1,4 @@
-"""A web server on 127.0.0.1 for a folder: goes on in the middle when asked, cuts connections when told, keeps a log."""
+"""A web server on 127.0.0.1 for a folder: serves ranges, cuts when told, keeps a log."""
 
 import threading
 from contextlib import contextmanager
@@ -41,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve(folder: Path):
-    """server.url, server.log [(path, first byte asked for)], server.cuts, server.failures, server.resumes."""
+    """server.url, server.log [(path, first byte)], server.cuts, server.failures, server.resumes."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.folder, server.log, server.cuts, server.failures, server.resumes = folder, [], 0, 0, True
     server.url = f"http://127.0.0.1:{server.server_port}"

@@ -1,4 +1,4 @@
-"""Real processes that start at once: each is forked from one that has imported everything and has computed nothing."""
+"""Real processes that start at once, forked from one that has imported everything."""
 
 import contextlib
 import multiprocessing
@@ -14,7 +14,7 @@ forks.set_forkserver_preload(["processes", "train", "sweep", "data"])
 
 
 def work(script: str, words: list[str], says, most: int) -> None:
-    """In the new process: `python SCRIPT WORDS`, what it prints into a pipe, no file larger than `most` bytes."""
+    """`python SCRIPT WORDS`: what it prints goes into a pipe; no file larger than `most` bytes."""
     os.setpgrp()  # as a shell does, so that a signal reaches its children too
     for descriptor in (1, 2):
         os.dup2(says.fileno(), descriptor)

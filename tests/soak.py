@@ -1,9 +1,9 @@
-"""Ten minutes of a sweep's runs in one process: memory, files and threads must not grow.
+"""Ten minutes of a sweep's runs in one process: memory, open files and threads must not grow.
 
     python tests/soak.py [--minutes 10]
 
-Prints a line a minute, and the slopes by least squares after the first fifth. Exit code 1 if
-memory grows by more than 1 MB a minute, or files or threads grow. It reads /proc: Linux only.
+Prints a line a minute, and the slopes after the first fifth. Exit code 1 if memory grows over
+1 MB a minute, or files or threads grow. It reads /proc, so it needs Linux.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def say(values, form: str) -> str:
 
 
 def soak(minutes: float, out: str) -> bool:
-    """Whether nothing grew while runs of every method followed one another for so long."""
+    """Whether nothing grew while runs of every method of sweep.py went on for so long."""
     todo = sweep.Sweep(methods=list(sweep.METHODS), out=out)
     worker, start, rows, printed = Worker(torch.get_num_threads()), time.perf_counter(), [], 0
     plan = list(

@@ -140,7 +140,7 @@ def test_a_last_batch_that_is_filled_up_trains_and_counts_as_if_it_were_not(
             [other[key] for key in ("loss", "train")]
         )
     assert runs[0].metrics["test"] == runs[1].metrics["test"]
-    torch.testing.assert_close(runs[0].prefix.p, runs[1].prefix.p, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(runs[0].model.prefix.p, runs[1].model.prefix.p, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

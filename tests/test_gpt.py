@@ -294,7 +294,8 @@ def test_a_saved_gpt2_loads_under_either_style_of_names(prefix, pair, tmp_path, 
     for i in range(LAYERS):  # as in the hub's files
         state[f"{prefix}h.{i}.attn.bias"] = torch.ones(64, 64).tril()[None, None]
         state[f"{prefix}h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
-    save_file(state | {"lm_head.weight": torch.zeros(V, D)}, tmp_path / "model.safetensors")
+    head = {"lm_head.weight": source.transformer.wte.weight.clone()}
+    save_file(state | head, tmp_path / "model.safetensors")
     tokens = torch.randint(V, (2, 9))
     model = GPT.load(str(tmp_path))
     torch.testing.assert_close(model(tokens), source(tokens).logits, atol=1e-4, rtol=0)
@@ -309,6 +310,10 @@ def test_a_saved_gpt2_loads_under_either_style_of_names(prefix, pair, tmp_path, 
     )
     torch.testing.assert_close(GPT.load("gpt2")(tokens), model(tokens), atol=0, rtol=0)
     assert asked == [("openai-community/gpt2", "model.safetensors")]
+    GPT.load("openai-community/gpt2")
+    assert asked.pop() == asked[0]
+    with pytest.raises(ValueError, match="its lm_head differs from wte"):
+        converted(state | {"lm_head.weight": torch.zeros(V, D)})
     assert not torch.allclose(GPT.load("gpt2", pretrained=False)(tokens), model(tokens), atol=1e-2)
     assert len(asked) == 1
 
@@ -345,7 +350,7 @@ def test_what_is_no_gpt2_is_refused_in_one_sentence(pair, tmp_path, monkeypatch)
     refused(saved(state, sizes | {"dim": 64}), "size mismatch")
     refused(saved(state, sizes | {"n_layer": 4}), "Missing key.*blocks.3")
     refused(saved(state | {"head": torch.ones(1)}, sizes), "Unexpected key.*head")
-    refused("gpt-3", "no GPT 'gpt-3'; possible are gpt2, ")
+    refused("gpt-3", "no GPT 'gpt-3'; possible are tiny_gpt, ")
     monkeypatch.setattr(module, "TINY_GPT_WEIGHTS", tmp_path / "tiny_gpt.safetensors")
     refused("tiny_gpt", "tiny_gpt.safetensors", FileNotFoundError)
     source.save_pretrained(tmp_path)
@@ -360,8 +365,74 @@ def test_what_is_no_gpt2_is_refused_in_one_sentence(pair, tmp_path, monkeypatch)
         (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
         refused(tmp_path, f"says {name} {value}")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    refused(tmp_path, "describes no GPT-2")
+    refused(tmp_path, "says model_type bert")
     (tmp_path / "config.json").write_text("{")
     refused(tmp_path, "damaged")
     (tmp_path / "config.json").unlink()
     refused(tmp_path, "config.json", FileNotFoundError)
+
+
+def test_rows_beyond_the_encoding_s_tokens_are_never_scored_and_never_written():
+    """A [PAD] that was added, or a table padded to a round number (nanoGPT's 50304)."""
+    sizes = {"context": 20, "dim": 16, "n_layer": 1, "n_head": 2}
+    padded = GPT(50_304, **sizes).requires_grad_(False)
+    plain = GPT(50_257, **sizes).requires_grad_(False)
+    state = padded.state_dict()
+    plain.load_state_dict(state | {"wte.weight": state["wte.weight"][:50_257]})
+    padded.norm.bias.data += 1
+    plain.norm.bias.data += 1
+    padded.wte.weight.data[50_257:] = 5  # the likeliest of all
+    tokens, prompts = torch.randint(50_257, (2, 7)), [[1, 2, 3], [4]]
+    assert padded.n_tokens == padded.vocab == 50_257
+    torch.testing.assert_close(padded(tokens), plain(tokens), atol=0, rtol=0)
+    for beams in (1, 3):
+        made = padded.generate(prompts, beams=beams, max_new=5)
+        assert made == plain.generate(prompts, beams=beams, max_new=5)
+        assert max(token for text in made for token in text) < 50_257
+    assert GPT.load("tiny_gpt").n_tokens == 257
+
+
+def test_a_gpt2_in_shards_or_in_torch_s_own_files_is_read(pair, tmp_path):
+    source, model = pair
+    tokens = torch.randint(V, (2, 9))
+    source.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    torch.testing.assert_close(GPT.load(str(tmp_path / "shards"))(tokens), model(tokens))
+    source.save_pretrained(tmp_path / "bin")
+    (tmp_path / "bin" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds no model"):
+        GPT.load(str(tmp_path / "bin"))
+    torch.save(source.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    torch.testing.assert_close(GPT.load(str(tmp_path / "bin"))(tokens), model(tokens))
+    (tmp_path / "bin" / "pytorch_model.bin").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="bin is damaged"):
+        GPT.load(str(tmp_path / "bin"))
+    next(iter(sorted((tmp_path / "shards").glob("*.safetensors")))).unlink()
+    with pytest.raises(ValueError, match="Missing key"):
+        GPT.load(str(tmp_path / "shards"))
+
+
+def test_a_config_that_leans_on_transformers_defaults_means_gpt2_s_sizes(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 3}))
+    with torch.device("meta"):
+        model = GPT(**module.read_config(tmp_path / "config.json"))
+    theirs = GPT2Config(n_layer=3)
+    assert (model.sizes["vocab"], model.context, model.dim, model.n_layer, model.n_head) == (
+        *(theirs.vocab_size, theirs.n_positions, theirs.n_embd, theirs.n_layer, theirs.n_head),
+    )
+    assert model.sizes["eps"] == theirs.layer_norm_epsilon
+
+
+def test_names_of_the_hub_have_their_owners_or_not(monkeypatch):
+    asked = []
+
+    def download(repository, name):
+        asked.append(repository)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(module, "hf_hub_download", download)
+    for name in ("distilgpt2", "distilbert/distilgpt2", "openai-community/gpt2-medium"):
+        with pytest.raises(FileNotFoundError):
+            GPT.load(name)
+    assert asked == ["distilbert/distilgpt2"] * 2 + ["openai-community/gpt2-medium"]
+    assert GPT.load("distilgpt2", pretrained=False).n_layer == 6

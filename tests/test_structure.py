@@ -29,7 +29,6 @@ MAY_IMPORT = {
     "extras/theory.py": set(),
 }
 # The files are being rewritten; whoever makes one of these tests pass takes its mark away.
-REBUILT = pytest.mark.xfail(strict=True, reason="the files are being rewritten")
 FILES = [
     path for folder in (".", "support", "extras", "tests") for path in ROOT.glob(f"{folder}/*.py")
 ]
@@ -60,7 +59,7 @@ def test_the_top_level_is_the_six_files():
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=REBUILT if name in ("vit.py", "gpt.py") else ())
+        name
         for path in sorted(FILES)
         if (name := path.relative_to(ROOT).as_posix()).split("/")[0] != "tests"
     ],
@@ -81,7 +80,6 @@ def test_support_has_at_most_nine_modules():
     assert len([path for path in ROOT.glob("support/*.py") if path.name != "__init__.py"]) <= 9
 
 
-@REBUILT
 def test_no_line_is_over_100_columns():
     wide = [
         f"{path.name}:{number}"
@@ -92,7 +90,6 @@ def test_no_line_is_over_100_columns():
     assert not wide
 
 
-@REBUILT
 def test_no_module_is_over_450_lines():
     lines = {path.name: len(path.read_text().splitlines()) for path in FILES}
     assert not {name: count for name, count in lines.items() if count > 450}
@@ -109,7 +106,6 @@ def own_frames() -> list[str]:
     return names[::-1]
 
 
-@REBUILT
 def test_from_main_to_the_attention_kernel_it_is_at_most_11_functions(tmp_path, monkeypatch):
     stacks, kernel = [], F.scaled_dot_product_attention
 
@@ -127,7 +123,6 @@ def test_from_main_to_the_attention_kernel_it_is_at_most_11_functions(tmp_path, 
 
 
 @pytest.mark.slow
-@REBUILT
 def test_the_idea_and_the_backbone_work_alone_in_an_empty_folder(tmp_path):
     for name in ("prefix.py", "vit.py"):
         shutil.copy(ROOT / name, tmp_path)

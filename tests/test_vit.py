@@ -13,6 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from extras.measure import kept_for_backward
 from prefix import Prefix
@@ -179,7 +180,7 @@ def test_vpt_shallow_is_no_prefix_for_its_prompts_live_on():
         ("vit_tiny_patch16_224", {"reg_tokens": 4}, "register tokens"),
         ("vit_tiny_patch16_224", {"pre_norm": True}, "a norm before the blocks"),
         ("vit_tiny_patch16_224", {"qk_norm": True}, "norms of queries and keys"),
-        ("vit_tiny_patch16_224", {"act_layer": "quick_gelu"}, "GELU"),
+        ("vit_tiny_patch16_224", {"act_layer": "quick_gelu"}, "other outputs"),
         ("vit_tiny_patch16_224", {"no_embed_class": True}, "pos_embed"),
         ("vit_tiny_patch16_224", {"qkv_bias": False}, "qkv.bias"),
         ("deit_tiny_distilled_patch16_224", {}, "distillation token"),
@@ -196,7 +197,7 @@ def test_a_model_that_is_not_a_plain_vit_is_refused_in_one_sentence(name, option
 def test_a_model_with_the_same_weights_but_other_arithmetic_is_refused():
     source = random_timm("vit_tiny_patch16_224")
     source.norm.eps = 1.0  # no weight tells of it; only the outputs do
-    with pytest.raises(ValueError, match="outputs differ"):
+    with pytest.raises(ValueError, match="other outputs"):
         ViT.from_timm(source, "vit_tiny_patch16_224")
 
 
@@ -304,7 +305,7 @@ def test_a_saved_vit_loads_as_it_was_and_a_damaged_file_is_refused(small_vit, tm
     with pytest.raises(ValueError, match="size mismatch"):
         ViT.from_file(path)
     save_file(small_vit.state_dict(), path)
-    with pytest.raises(ValueError, match="no ViT"):
+    with pytest.raises(ValueError, match="does not tell its sizes"):
         ViT.from_file(path)
 
 
@@ -329,7 +330,77 @@ def test_normalise_is_to_tensor_and_normalize_with_constants_that_are_no_weights
     assert not {"mean", "std"} & vit.state_dict().keys()
     half = ViT(**vit.sizes | {"mean": (0.5,) * 3, "std": (0.5,) * 3})
     torch.testing.assert_close(half.normalise(pixels), (pixels / 127.5 - 1).permute(0, 3, 1, 2))
-    assert half.normalisation == "mean and std 0.5 (timm's)"
+    assert half.normalisation == "mean and std 0.5 (the backbone's)"
+
+
+def test_the_files_and_folders_that_timm_writes_are_read(tmp_path):
+    source = random_timm("vit_tiny_patch16_224")
+    source.reset_classifier(10)
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    images = torch.randn(1, 3, 224, 224)
+    expected = source.forward_features(images)[:, 0]  # (B, D)
+    file = ViT.load(str(tmp_path / "model.safetensors"))
+    torch.testing.assert_close(file(images), expected, atol=1e-5, rtol=1e-5)
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 10}
+    pixels = {"mean": [0.4, 0.4, 0.4], "std": [0.2, 0.2, 0.2]}
+    config["pretrained_cfg"] = pixels | {"classifier": "head", "num_classes": 10}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in (tmp_path, tmp_path / "model.safetensors"):
+        vit = ViT.load(str(name))
+        torch.testing.assert_close(vit(images), expected, atol=1e-5, rtol=1e-5)
+        assert vit.mean.flatten().tolist() == pytest.approx([0.4] * 3)
+    assert file.normalisation == "mean and std 0.5 (the backbone's)"
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="describes no ViT"):
+        ViT.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [ViTModel, ViTForImageClassification])
+def test_a_vit_of_transformers_is_read_from_its_folder(kind, tmp_path):
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+    sizes |= {"intermediate_size": 40, "image_size": 32, "patch_size": 8, "layer_norm_eps": 1e-3}
+    torch.manual_seed(0)
+    source = kind(ViTConfig(**sizes)).eval()
+    for parameter in source.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    source.save_pretrained(tmp_path)
+    vit, images = ViT.load(str(tmp_path)), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        theirs = getattr(source, "vit", source)(images).last_hidden_state[:, 0]
+        torch.testing.assert_close(vit(images), theirs, atol=1e-5, rtol=1e-5)
+        assert theirs.std() > 0.1
+    assert vit.normalisation == "mean and std 0.5 (the backbone's)"
+    pixels = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(pixels))
+    vit = ViT.load(str(tmp_path))
+    assert vit.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert "[0.1, 0.2, 0.3] and std [0.4, 0.5, 0.6]" in vit.normalisation
+    save_file(vit.state_dict(), tmp_path / "tuned.safetensors", {"vit": json.dumps(vit.sizes)})
+    assert torch.equal(ViT.load(str(tmp_path / "tuned.safetensors")).mean, vit.mean)
+
+
+def test_names_of_timm_and_of_the_hub_and_what_is_close_to_them(monkeypatch):
+    for name in ("vit_base_patch16_225", "vit_base_patch16_224.orig_in21", "tine"):
+        with pytest.raises(ValueError, match=f"no ViT '{name}' .*did you mean '") as error:
+            ViT.load(name)
+        assert "\n" not in str(error.value)
+    asked, make = [], timm.create_model
+    monkeypatch.setattr(
+        timm,
+        "create_model",
+        lambda name, **_: asked.append(name) or make("vit_tiny_patch16_224", num_classes=0),
+    )
+    for name in ("timm/vit_tiny_patch16_224.augreg_in21k", "hf-hub:timm/vit_x", "vit_x"):
+        ViT.load(name)
+    assert asked == ["hf-hub:timm/vit_tiny_patch16_224.augreg_in21k", "hf-hub:timm/vit_x", "vit_x"]
+
+
+def test_the_paper_s_backbone_has_imagenet_s_normalisation_and_others_their_own():
+    paper = ViT.load("vit_base_patch16_224.orig_in21k", pretrained=False)
+    assert paper.normalisation == "ImageNet mean and std"
+    other = ViT.load("vit_tiny_patch16_224.augreg_in21k", pretrained=False)
+    assert other.normalisation == "mean and std 0.5 (the backbone's)"
+    assert ViT.load("deit_tiny_patch16_224", pretrained=False).normalisation == paper.normalisation
 
 
 def test_prefix_and_vit_alone_in_an_empty_folder_work_with_torch_and_timm(tmp_path):

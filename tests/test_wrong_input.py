@@ -1,4 +1,4 @@
-"""Every mistake ends in exit code 2, one sentence that names what is wrong and its mend, and nothing written."""
+"""Every mistake ends in exit code 2 and one sentence with the fix, and nothing is written."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import data
 from support.files import UsageError, exit_code
 from train import Config, load_backbone, resolve, train
 
-MODULES = {name: f"extras.{name}" for name in ("sample", "bench", "theory", "collect")}
+MODULES = {name: f"extras.{name}" for name in ("sample", "bench", "theory", "score", "collect")}
 ROOT = Path(__file__).parent.parent
 LONG = "a" * 300
 BROKEN = {  # files of texts with one mistake each, in their second line
@@ -29,7 +29,7 @@ BROKEN = {  # files of texts with one mistake each, in their second line
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder in which much is wrong, and two runs that are not: `run` of images, `texts` of texts."""
+    """A folder full of mistakes, and two good runs: `run` of images, `texts` of texts."""
     place = tmp_path_factory.mktemp("place")
     for folder in ("empty", "dir/a", "images/a", "one/train/a", "one/val", "one/test/a"):
         (place / folder).mkdir(parents=True)
@@ -69,12 +69,12 @@ TRAIN = {
     "--task ../x": ("no task '../x'", "tasks: digits, "),
     "--task nowhere.jsonl": ("no task 'nowhere.jsonl'", "nor a folder or .jsonl file"),
     f"--task {LONG}": ("File name too long", LONG),
-    "--task empty --backbone scratch": ("empty needs", "a folder of images per class"),
-    "--task dir --backbone scratch": ("dir needs", "a folder of images per class"),
-    "--task one --backbone scratch": ("one/val needs", "a folder of images per class"),
+    "--task empty --backbone scratch": ("empty holds no images", "a folder of images per class"),
+    "--task dir --backbone scratch": ("dir/a holds no images", "a folder of images per class"),
+    "--task one --backbone scratch": ("one/test/a holds no images", "a folder of images per class"),
     "--task images --backbone scratch": (
-        "images/a/bad.png cannot be read as an image",
-        "put a whole copy in its",
+        "images has one class, 'a'",
+        "put a folder for each class into it",
     ),
     "--task few.jsonl --backbone scratch_gpt": (
         "few.jsonl has 5 distinct sources",
@@ -93,7 +93,7 @@ TRAIN = {
         "save the file in this encoding",
     ),
     "--task pairs.jsonl --tune linear": ("--tune linear", "use prefix or full"),
-    "--task pairs.jsonl --backbone tiny": ("no GPT 'tiny'", "possible are gpt2, "),
+    "--task pairs.jsonl --backbone tiny": ("no GPT 'tiny'", "possible are tiny_gpt, "),
     "--task pairs.jsonl --backbone empty": (
         "empty/config.json",
         "give one that you have: --backbone",
@@ -158,7 +158,7 @@ SWEEP = {
     "--tasks": ("--tasks needs", "at least one value"),
     "--tasks=": ("no task ''", "tasks: digits, "),
     "--tasks e2e": ("e2e is text", "train it with train.py"),
-    "--tasks empty --backbone scratch": ("empty needs", "a folder of images per class"),
+    "--tasks empty --backbone scratch": ("empty holds no images", "a folder of images per class"),
     "--methods depe": ("no method 'depe'", "methods: none, "),
     "--methods": ("--methods needs", "at least one value"),
     "--lr": ("--lr needs", "at least one value"),
@@ -181,7 +181,7 @@ SWEEP = {
 }
 DATA = {
     "digitz": ("no task 'digitz'", "did you mean 'digits'?"),
-    "empty": ("empty needs", "a folder of images per class"),
+    "empty": ("empty holds no images", "a folder of images per class"),
     "torn.jsonl": ("torn.jsonl line 2, column 17: Unterminated string", "mend it"),
     "digits --size 0": ("--size is 0", "it must be positive"),
     "digits --size x": ("--size: invalid int value: 'x'", "see --help"),
@@ -197,7 +197,7 @@ SAMPLE = {  # and those of test_sample.py
     "run --experts --out file": ("--out file cannot be a folder", "name another"),
     "texts": ("no source is given", "write it after the run"),
     "texts torn.jsonl": ("torn.jsonl must hold a source per line", '{"source": ...}'),
-    "texts nowhere.txt": ("nowhere.txt must hold a source per line", "nowhere.txt"),
+    "texts nowhere.txt": ("nowhere.txt cannot be read", "put a whole copy"),
     f"texts {LONG + LONG}": ("a source is too long", "of 512 positions"),
     "texts source --beams 300": ("--beams is 300", "it can be 128 at most"),
 }
@@ -210,6 +210,11 @@ BENCH = {
         "--json nowhere/x.json cannot be a file",
         "name one in a folder that exists",
     ),
+}
+SCORE = {
+    "": ("the following arguments are required", "see --help"),
+    "nowhere.jsonl": ("nowhere.jsonl", "cannot be read"),
+    "torn.jsonl": ("torn.jsonl line", "mend it"),
 }
 THEORY = {
     "--seed -1": ("--seed is -1", "it must be at least 0"),
@@ -232,6 +237,7 @@ TABLES = {
     "sample": SAMPLE,
     "bench": BENCH,
     "theory": THEORY,
+    "score": SCORE,
 }
 ROWS = [(script, line) for script, table in TABLES.items() for line in table]
 
