@@ -76,8 +76,8 @@ def test_the_reading_of_imports_sees_those_inside_functions(tmp_path):
     assert imports(path) == {"train", "support", "extras"}
 
 
-def test_support_has_at_most_eight_modules():
-    assert len([path for path in ROOT.glob("support/*.py") if path.name != "__init__.py"]) <= 8
+def test_support_has_at_most_nine_modules():
+    assert len([path for path in ROOT.glob("support/*.py") if path.name != "__init__.py"]) <= 9
 
 
 def test_no_line_is_over_100_columns():

@@ -15,7 +15,7 @@ import data
 from support.files import UsageError, exit_code
 from train import Config, load_backbone, resolve, train
 
-MODULES = {name: f"extras.{name}" for name in ("sample", "bench", "theory", "score")}
+MODULES = {name: f"extras.{name}" for name in ("sample", "bench", "theory", "score", "collect")}
 ROOT = Path(__file__).parent.parent
 LONG = "a" * 300
 BROKEN = {  # files of texts with one mistake each, in their second line
@@ -175,6 +175,8 @@ SWEEP = {
     "--data-dir file": ("--data-dir file is a file", "name a folder"),
     "--out file": ("file/digits cannot be used", "choose another --out"),
     "--halve": ("unrecognized arguments: --halve", "see --help"),
+    "--workers 0": ("--workers is 0", "it must be positive"),
+    "--published": ("publishes no settings of none for digits", "python sweep.py --tasks digits"),
     "--ray 127.0.0.1:1": ("no Ray cluster at '127.0.0.1:1'", "ray start --head"),
 }
 DATA = {
@@ -222,7 +224,13 @@ THEORY = {
     "--out file": ("file cannot be used (File exists)", "choose another --out"),
     "extra": ("unrecognized arguments: extra", "see --help"),
 }
+COLLECT = {
+    "": ("the following arguments are required: files", "see --help"),
+    "nowhere.json": ("nowhere.json is no reproduction.json", "sweep.py leaves one"),
+    "torn.jsonl": ("torn.jsonl is no reproduction.json", "sweep.py leaves one"),
+}
 TABLES = {
+    "collect": COLLECT,
     "train": TRAIN,
     "sweep": SWEEP,
     "data": DATA,

@@ -1,0 +1,20 @@
+"""sweep.py on a made CUB: `python tests/rehearsal.py FOLDER OPTIONS`, with FOLDER/splits.json.
+
+A worker's process imports this file too, and so knows the same splits.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from support import benchmarks
+
+for name, row in json.loads(Path(sys.argv[1], "splits.json").read_text()).items():
+    benchmarks.SPLIT_FILES[name] = tuple(row)
+
+import sweep  # noqa: E402  (its tasks have the sizes of the splits)
+
+if __name__ == "__main__":
+    sys.exit(sweep.main(sys.argv[2:]))
