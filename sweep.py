@@ -193,9 +193,8 @@ def folder(sweep: Sweep, *tasks: str) -> Path:
 def configure(sweep: Sweep, cell: Cell, **values: Any) -> Config:
     """The resolved Config of one run, in a folder of its own: OUT/TASK/runs/SETTINGS."""
     values |= {name: getattr(sweep, name) for name in HANDED_ON} | METHODS[cell.method]
-    config = resolve(
-        Config(task=cell.task, length=cell.length, fraction=cell.fraction, **values)  # type: ignore[arg-type]
-    )
+    values |= {"task": cell.task, "length": cell.length, "fraction": cell.fraction}
+    config = resolve(Config(**values))
     return replace(config, out=str(folder(sweep, cell.task) / "runs" / Path(config.out).name))
 
 
