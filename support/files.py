@@ -102,7 +102,8 @@ def open_streams() -> None:
         if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  open until the process ends
         elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):  # a file that became a pipe cannot seek
+                stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

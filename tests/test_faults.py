@@ -357,7 +357,7 @@ def test_a_second_process_on_a_folder_is_refused_and_a_copy_of_it_goes_on(tmp_pa
     while not (tmp_path / "run" / "state.pt").exists() and first.runs(0.01):
         pass
     code, said = Started("train", *words, "--out", tmp_path / "run").end()
-    assert code == 2
+    assert code == 2, said
     assert f"another process is at work in {tmp_path / 'run'}; wait for it" in one_sentence(said)
     subprocess.run(
         ["cp", "-r", tmp_path / "run", tmp_path / "copy"], capture_output=True
