@@ -493,7 +493,9 @@ def plan(sweep: Sweep, todo: list[Cell]) -> None:
 
 def parse(argv: list[str] | None) -> Sweep:
     made = Parser(
-        description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS
+        description=(__doc__ or "").split("\n")[0],
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
     add_options(made, Sweep)
     return Sweep(**vars(made.parse_args(argv)))

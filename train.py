@@ -421,7 +421,7 @@ def load_backbone(config: Config, pretrained: bool = True) -> Backbone:
 
 def run(argv: list[str] | None) -> int:
     """One run from the command line; its exit code: 0 done, 3 diverged."""
-    config = resolve(Config(**vars(parser(__doc__.split("\n")[0]).parse_args(argv))))
+    config = resolve(Config(**vars(parser((__doc__ or "").split("\n")[0]).parse_args(argv))))
     prepare_process()
     backbone = load_backbone(config)
     data = load(config.task, config.data_dir, **backbone.inputs)

@@ -53,7 +53,9 @@ def collect(paths: list[str]) -> str:
 
 
 def run(argv: list[str] | None) -> None:
-    parser: argparse.ArgumentParser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser: argparse.ArgumentParser = Parser(
+        description=(__doc__ or "").split("\n")[0], allow_abbrev=False
+    )
     parser.add_argument("files", nargs="+", help="reproduction.json files")
     print(collect(parser.parse_args(argv).files))
 

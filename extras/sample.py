@@ -436,7 +436,9 @@ def sample(options: Options, names: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     made = Parser(
-        description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS
+        description=(__doc__ or "").split("\n")[0],
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
     made.add_argument(
         "run", nargs="+", help="the run's folder, then images, folders, sources or files of them"

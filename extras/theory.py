@@ -410,7 +410,7 @@ class Parser(argparse.ArgumentParser):
 
 def options(argv: list[str] | None) -> argparse.Namespace:
     """The command line, checked."""
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     add = partial(parser.add_argument, type=int)
     add("--seed", default=0, help="decides the model, the data and the starts of the fits")
     add("--reps", default=50, help="data sets per sample size")

@@ -4,6 +4,7 @@ Imports are read with ast, wherever in a file they stand; nothing is imported fo
 """
 
 import ast
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -140,3 +141,21 @@ print(tuple(vit(torch.zeros(2, 3, 224, 224), prefix(vit)).shape))
     command = [sys.executable, "-c", program]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ran.stdout == "(2, 192)\n", ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("digits.npz", "32980f963ad83e40fbe1f298c64c55e7add5e0abbff4c3a6cf829a1b25cb6752"),
+        (
+            "tiny_gpt.safetensors",
+            "2a852f0f3fce9f120cdab930a64487148a2ea4e68122eb81e1b8928ddc7223bc",
+        ),
+        (
+            "tiny_vit.safetensors",
+            "111359c3fd7ba8eb0ef40f34282aae9e596c1be6f02f63a8bfb60563be5e606a",
+        ),
+    ],
+)
+def test_the_shipped_files_are_whole(name, expected):
+    assert hashlib.sha256((ROOT / "assets" / name).read_bytes()).hexdigest() == expected
