@@ -315,7 +315,8 @@ def config_of(words: list[str], tmp_path: Path) -> Path:
 @pytest.mark.long
 def test_a_disk_that_is_full_for_the_cache_or_the_results_costs_nothing_but_time(small, tmp_path):
     (tmp_path / "mine").mkdir()
-    many(tmp_path / "mine" / "a", 20)
+    for name in "ab":
+        many(tmp_path / "mine" / name, 10)
     words = [tmp_path / "mine", "--data-dir", tmp_path / "data"]
     code, said = Started("data", *words, most=50_000).end()
     assert code == 2
@@ -385,7 +386,8 @@ def test_a_second_sweep_on_a_folder_is_refused_while_the_first_is_at_work(small,
 @pytest.mark.long
 def test_of_two_processes_on_one_cache_the_second_takes_over_when_the_first_is_killed(tmp_path):
     (tmp_path / "mine").mkdir()
-    many(tmp_path / "mine" / "a", 200)
+    for name in "ab":
+        many(tmp_path / "mine" / name, 500)
     words = [tmp_path / "mine", "--data-dir", tmp_path / "data"]
     first = Started("data", *words)
     while not list(tmp_path.rglob("*.part")) and first.runs(0.002):
@@ -397,7 +399,7 @@ def test_of_two_processes_on_one_cache_the_second_takes_over_when_the_first_is_k
     code, said = second.end()
     assert code == 0
     assert "another process is making" in said
-    assert load(str(tmp_path / "mine"), tmp_path / "data", 224).count("train") == 160
+    assert load(str(tmp_path / "mine"), tmp_path / "data", 224).count("train") == 800
 
 
 def test_where_an_open_file_cannot_be_deleted_a_run_ends_well(

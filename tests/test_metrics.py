@@ -122,7 +122,7 @@ def test_e2e_is_scored_as_e2e_metrics_scores_it():
     assert score(OUTPUTS, PAIRS)[0]["rougeL"] != pytest.approx(COCO["ROUGE-L"], abs=0.5)
 
 
-@pytest.mark.slow  # METEOR reads its tables at every start
+@pytest.mark.long  # METEOR reads its tables at every start
 @java
 def test_webnlg_is_scored_as_the_challenge_scores_it_in_all_and_in_every_group():
     scores, missing = score(OUTPUTS, PAIRS, "webnlg")
@@ -236,7 +236,7 @@ def test_plain_texts_have_sacrebleus_bleu_and_rouge_under_names_that_say_so():
     }
 
 
-@pytest.mark.slow  # METEOR reads its tables at every start
+@pytest.mark.long  # METEOR reads its tables at every start
 @java
 def test_outputs_may_be_empty_or_have_line_breaks_for_the_java_programs():
     odd = ["", "a|||b\nc\u2028d e f", ""]

@@ -323,7 +323,7 @@ def descendants(pid: int) -> list[tuple[int, str]]:
     return [(child, path.read_bytes().decode()) for child, path in names.items() if path.exists()]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("how", [["--workers", "2"], ["--ray", "local"]], ids=["workers", "ray"])
 def test_several_workers_find_the_same_lines_and_one_that_is_killed_is_replaced(
     how, words, tmp_path

@@ -63,7 +63,7 @@ def outcome(folder: Path) -> tuple:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_runs_on_one_backbone_equal_the_same_runs_in_fresh_processes_bitwise(
     tiny, digits, tmp_path
 ):
