@@ -186,7 +186,10 @@ class Processes:
             process = context.Process(
                 target=work, args=(self.worker_class, self.threads, gpu, theirs)
             )
+            # Ctrl-C is this process's: the new one ignores it from its first instruction on.
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
             process.start()
+            signal.signal(signal.SIGINT, handler)
             theirs.close()
             self.workers[number] = process, ours
         return self.workers[number][1]
