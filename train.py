@@ -68,6 +68,11 @@ class Config:
         "auto (the task's), tiny, scratch (tiny, random), a timm name, a .npz or .safetensors; "
         "text: tiny_gpt, scratch_gpt, gpt2, gpt2-medium, gpt2-large, a folder of such a model",
     )
+    start: str = opt(
+        "",
+        "go on from trained prompts: VPT-deep's prompt_epN.pth or state dict (--share simple), or "
+        "the folder of a peft prefix (text, --share none)",
+    )
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to compute")
     dtype: Literal["auto", "fp32", "bf16"] = opt("auto", "of products and of the frozen weights")
     compile: bool = opt(None, "torch.compile the step (default: on CUDA)")
@@ -121,6 +126,8 @@ def fit(  # noqa: C901, PLR0915  (one run, one story)
     out = Path(config.out)
     identity = {"config": asdict(config), "fingerprint": backbone.fingerprint}
     identity["data"] = data.identity
+    if config.start:
+        identity["start"] = runs.start_from(config.start, model.prefix.p.data)
     metadata = identity | data.metadata
     if data.listing is not None and not (out / "config.json").exists():  # a split made here
         write(out / "split.json", json.dumps(data.listing, indent=1).encode())
@@ -379,6 +386,8 @@ def resolve(config: Config) -> Config:
     """Fill in every None and "auto" but dtype. UsageError for a value that no run can have."""
     task = find(config.task)
     length, lr, wd = default_settings(config)
+    if config.start and config.length is None:
+        length = runs.read_prompts(config.start).shape[1]
     defaults: dict[str, Any] = {
         "length": length,
         "lr": lr,
@@ -399,6 +408,7 @@ def resolve(config: Config) -> Config:
     name = method(config) + (f"-L{config.length}" if config.tune == "prefix" else "")
     name += f"-lr{config.lr:g}-wd{config.wd:g}-epochs{config.epochs}-seed{config.seed}"
     name += f"-fraction{config.fraction:g}" if config.fraction != 1 else ""
+    name += f"-from-{Path(config.start).stem}" if config.start else ""
     name += "" if config.final else "-val"
     return replace(config, out=config.out or str(Path("out", title(config.task), name)))
 

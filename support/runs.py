@@ -27,10 +27,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from safetensors import safe_open
+from safetensors.torch import load_file
 from safetensors.torch import save as pack
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -45,10 +47,15 @@ BAR = {  # of every progress bar: in a log, a line every 30 seconds
     "leave": None,
     "delay": 2,
 }
-UNSEEN = {"out", "data_dir", "device", "compile"}  # settings that may change during a run
+# Settings that may change during a run; of a --start, what it holds is compared.
+UNSEEN = {"out", "data_dir", "device", "compile", "start"}
 TYPED = {"task", "backbone"}  # how they were typed: what they hold is compared
 KEPT = ("config.json", "state.pt", "metrics.jsonl", "prefix.safetensors")
 WRITE = 16  # texts that are written at once
+# What a pickled NumPy array names, in NumPy 2 and 1. Nothing else in a --start is let in.
+NUMPY: list = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8"))]
+for module in ("numpy._core.multiarray", "numpy.core.multiarray"):
+    NUMPY.append((np.zeros(0).__reduce__()[0], f"{module}._reconstruct"))
 
 
 @contextmanager
@@ -125,7 +132,7 @@ def resume(
 
 def differences(old: dict, new: dict) -> list[str]:
     """In what two runs differ, in words. ValueError for a run of an older version."""
-    if "config" not in old or not new["config"].keys() <= old["config"].keys():
+    if "config" not in old or not new["config"].keys() - UNSEEN <= old["config"].keys():
         raise ValueError("it was left by an older version")
     changed = [
         f"{name} {old['config'][name]} (not {value})"
@@ -134,6 +141,10 @@ def differences(old: dict, new: dict) -> list[str]:
     ]
     if old["fingerprint"] != new["fingerprint"]:
         changed.append(f"another backbone ({old['config']['backbone']}; its weights differ)")
+    if old.get("start") != new.get("start"):
+        changed.append(
+            f"another start ({old['config'].get('start') or 'none'}; its prompts differ)"
+        )
     parts = [part for part in new["data"] if old["data"].get(part) != new["data"][part]]
     if parts:
         changed.append(f"other data ({old['config']['task']}: {', '.join(parts)} differ)")
@@ -241,6 +252,51 @@ def fingerprint(backbone: nn.Module) -> str:
     return made.hexdigest()[:16]
 
 
+def read_prompts(path: str) -> Tensor:
+    """The p of a prefix that another program trained: (G, L, width), as in `Prefix`.
+
+    A file of VPT-deep's prompts, or its whole state dict: Simple-share's p, (layers, L, D). A
+    folder with a prefix of peft: No-share's p in a GPT, (1, L, layers * 2 * D).
+    """
+    try:
+        if Path(path).is_dir():
+            weights = load_file(Path(path, "adapter_model.safetensors"))
+            if "prompt_embeddings" not in weights:
+                raise ValueError("its adapter is no prefix")
+            return weights["prompt_embeddings"].float().unsqueeze(0)
+
+        # VPT keeps the first layer's prompts (1, L, D) and the others' (layers - 1, L, D).
+        with torch.serialization.safe_globals(NUMPY):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("model", state)
+        if any("prompt_proj." in name for name in state):
+            raise ValueError("its prompts are projected from another width (VPT's PROJECT)")
+        last = {name.split(".")[-1]: value for name, value in state.items()}
+        names = ("shallow_prompt", "deep_prompt")
+        if "prompt_embeddings" in last:
+            names = ("prompt_embeddings", "deep_prompt_embeddings")
+        if not {*names} <= last.keys():
+            raise ValueError("it lacks VPT-deep's prompts; those of VPT-shallow are no prefix")
+        return torch.cat([torch.as_tensor(last[name]).float() for name in names])
+    except Exception as error:  # whatever a damaged or hostile file leads to
+        raise UsageError(
+            f"--start {path} cannot be used ({reason(error)}); give prompt_epN.pth or a state dict "
+            "of VPT-deep, or the folder of a peft prefix"
+        ) from error
+
+
+def start_from(path: str, p: Tensor) -> str:
+    """Fill p, which a new prefix trains, with the prompts at `path`. Returns their digest."""
+    prompts = read_prompts(path)
+    if prompts.shape != p.shape:
+        raise UsageError(
+            f"--start {path} holds prompts of shape {tuple(prompts.shape)}, but this run trains "
+            f"{tuple(p.shape)}: layers, --length and width must be the same"
+        )
+    p.copy_(prompts)
+    return hashlib.sha256(prompts.numpy().tobytes()).hexdigest()[:16]
+
+
 def reason(error: Exception) -> str:
     """An error in one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]
@@ -311,6 +367,12 @@ def check_settings(config: Any, text: bool) -> None:
     if not 0 <= config.seed < 2**63 - 1_000_003 * (config.epochs + 1):  # what PyTorch takes
         raise UsageError(
             f"--seed is {config.seed}; it must not be negative, nor have more than 18 digits"
+        )
+    share = "none" if Path(config.start).is_dir() else "simple"
+    if config.start and (config.tune, config.share, config.shallow) != ("prefix", share, False):
+        raise UsageError(
+            f"--start {config.start} starts a prefix with --share {share} in all layers; "
+            "VPT-deep is --share simple, and a prefix of peft --share none"
         )
     if config.tune == "linear" and text:
         raise UsageError(
