@@ -31,6 +31,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import get_session
 from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as pack
@@ -338,21 +341,41 @@ def use_bf16(config: Any, backbone: Any) -> bool:
 
 def open_backbone(kind: Any, name: str, pretrained: bool = True) -> Any:
     """A ViT or GPT (`kind`) by its name, on the CPU in fp32. UsageError if it cannot be had."""
+    shipped = "tiny" if kind.__name__ == "ViT" else "tiny_gpt"
+    example = "ViT-B_16.npz" if shipped == "tiny" else "FOLDER, with config.json and weights"
+    advice = f"give one that you have: --backbone {example}"
+    # Without a network, huggingface_hub would try for half a minute, a line per try.
+    offline = constants.HF_HUB_OFFLINE
+    local = name in (shipped, "scratch", "scratch_gpt") or Path(name).exists()
+    if pretrained and not local:
+        constants.HF_HUB_OFFLINE = offline or not hub_answers()
     try:
         backbone = kind.load(name, pretrained)
         for parameter, value in backbone.named_parameters():
             if not value.isfinite().all():
                 raise ValueError(f"{parameter} holds NaN or infinity")
         return backbone
-    except Exception as error:  # whatever a damaged or hostile file leads to
-        image = kind.__name__ == "ViT"
-        example = "ViT-B_16.npz" if image else "a folder with model.safetensors"
-        advice = f"give one that you have: --backbone {example}"
-        if name == ("tiny" if image else "tiny_gpt"):
-            advice = "git checkout assets"
+    except LocalEntryNotFoundError as error:
         raise UsageError(
-            f"the backbone '{name}' cannot be used ({reason(error)}); {advice}"
+            f"the backbone '{name}' is not on this machine, and {constants.ENDPOINT} cannot be "
+            f"reached; without a network use --backbone {shipped}, or {advice}"
         ) from error
+    except Exception as error:  # whatever a damaged or hostile file leads to
+        mend = "git checkout assets" if name == shipped else advice
+        raise UsageError(
+            f"the backbone '{name}' cannot be used ({reason(error)}); {mend}"
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def hub_answers() -> bool:
+    """Whether the Hugging Face hub, or the mirror in HF_ENDPOINT, can be reached."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # noqa: BLE001  of the HTTP library, which differs among versions
+        return False
+    return True
 
 
 def check_settings(config: Any, text: bool) -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
+from local_server import serve
 from PIL import Image
 
 import train as train_module
@@ -421,7 +424,7 @@ def test_the_head_computes_in_fp32_under_autocast(small_vit):
     assert not torch.equal(logits.bfloat16().float(), logits)  # what rounding would lose
 
 
-def test_a_text_run_compiles_two_graphs_though_a_batch_has_one_text(tmp_path, monkeypatch):
+def test_a_text_run_compiles_two_graphs_though_a_batch_has_one_text(tmp_path, monkeypatch, capsys):
     pairs = [{"source": f"name {i}" * (1 + i % 3), "target": f"It is {i}."} for i in range(27)]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -439,7 +442,52 @@ def test_a_text_run_compiles_two_graphs_though_a_batch_has_one_text(tmp_path, mo
     monkeypatch.setattr(
         torch, "compile", lambda f, dynamic: compiler(f, dynamic=dynamic, backend="eager")
     )
+    capsys.readouterr()
     compiled = train(replace(config, compile=True, out=str(tmp_path / "compiled")), backbone, data)
+    assert capsys.readouterr().err.split("\r")[1].endswith("compiling the step, once]")
     assert counters["stats"]["unique_graphs"] == 2  # of training and of evaluation
     for ours, theirs in zip(compiled.history, eager.history, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def test_your_texts_on_the_small_gpt_start_with_the_rates_that_are_good_for_it(tmp_path):
+    (tmp_path / "mine.jsonl").write_text("")
+    mine = {"task": str(tmp_path / "mine.jsonl"), "backbone": "tiny_gpt"}
+    assert resolve(Config(**mine)).lr == 0.3
+    assert resolve(Config(**mine, share="deep")).lr == 2e-3
+    assert resolve(Config(**mine | {"backbone": "gpt2"})).lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--backbone", "vit_base_patch16_224"],
+        ["--backbone", "timm/of_nobody"],
+        ["--task", "restaurants", "--backbone", "gpt2"],
+    ],
+)
+def test_without_a_network_a_backbone_of_the_hub_is_one_sentence_at_once(
+    words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    start = time.perf_counter()
+    assert main([*words, "--out", str(tmp_path / "run")]) == 2
+    assert time.perf_counter() - start < 10
+    (error,) = capsys.readouterr().err.splitlines()
+    offline = "tiny_gpt" if "--task" in words else "tiny"
+    assert f"cannot be reached; without a network use --backbone {offline}, or give one" in error
+
+
+def test_the_hub_is_asked_where_it_answers_and_the_cache_alone_where_it_does_not(
+    tmp_path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(ViT, "load", lambda *_: asked.append(constants.HF_HUB_OFFLINE) or ViT(32))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    load_backbone(Config(backbone="vit_base_patch16_224", device="cpu"))
+    with serve(tmp_path) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        load_backbone(Config(backbone="vit_base_patch16_224", device="cpu"))
+    assert asked == [True, False]
+    assert not constants.HF_HUB_OFFLINE
