@@ -194,6 +194,8 @@ def configure(sweep: Sweep, cell: Cell, **values: Any) -> Config:
     """The resolved Config of one run, in a folder of its own: OUT/TASK/runs/SETTINGS."""
     values |= {name: getattr(sweep, name) for name in HANDED_ON} | METHODS[cell.method]
     values |= {"task": cell.task, "length": cell.length, "fraction": cell.fraction}
+    # One grid, so one batch and one optimizer, for every method.
+    values |= {"batch": sweep.batch or find(cell.task).batch, "optimizer": "sgd"}
     config = resolve(Config(**values))
     return replace(config, out=str(folder(sweep, cell.task) / "runs" / Path(config.out).name))
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Dataset, Text, find, load, title
+from data import Dataset, Settings, Text, find, load, title
 from gpt import GPT
 from prefix import SHARE, Prefix
 from support import report, runs
@@ -56,7 +56,9 @@ class Config:
     wd: float = opt(None, "weight decay, but for the head's bias (default: the task's)")
     epochs: int = opt(None, "passes over the training examples (default: the task's)")
     batch: int = opt(None, "images or texts per step (default: the task's)")
-    optimizer: Literal["auto", "sgd", "adamw"] = opt("auto", "auto: sgd for images, adamw for text")
+    optimizer: Literal["auto", "sgd", "adamw"] = opt(
+        "auto", "auto: the task's; mostly sgd for images, adamw for text"
+    )
     seed: int = opt(42, "decides initialisation, order, augmentation and dropout")
     fraction: float = opt(1.0, "share of the training examples, stratified, the same for all seeds")
     final: bool = opt(
@@ -319,11 +321,11 @@ def make_optimizer(config: Config, model: TunedModel) -> torch.optim.Optimizer:
 
 
 def learning_rate(config: Config, step: int, steps: int) -> float:
-    """Images: linear warm-up over the first 10 %, then cosine decay to 0. Text: linear decay."""
+    """Images: linear warm-up (usually over 10 %), then cosine decay to 0. Text: linear decay."""
     if find(config.task).text:
         return config.lr * (1 - step / steps)
     peak = config.lr * config.batch / 256
-    warmup = steps / 10
+    warmup = steps * default_settings(config).warmup / 100
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
@@ -360,8 +362,8 @@ def evaluate(
     return 100 * correct_sum.item() / count
 
 
-def default_settings(config: Config) -> tuple[int, float, float]:
-    """(length, lr, wd) that the task has for a method."""
+def default_settings(config: Config) -> Settings:
+    """What the task has for a method."""
     task = find(config.task)
     # Your texts on the small GPT: what was found good for it on another task.
     if task.group == "your texts" and config.backbone == "tiny_gpt":
@@ -372,12 +374,13 @@ def default_settings(config: Config) -> tuple[int, float, float]:
 def whose_settings(config: Config) -> str:
     """Whose length, learning rate and weight decay a resolved config has."""
     task = find(config.task)
-    if (config.length, config.lr, config.wd) != default_settings(config):
+    if (config.length, config.lr, config.wd) != default_settings(config)[:3]:
         return "yours"
     # What is known of the shipped backbones was found here, not in the paper.
     if task.backbone in ("tiny", "tiny_gpt") or config.backbone != task.backbone:
         return "the task's default"
-    return "published" if method(config) in task.settings else "the task's default"
+    known = config.tune == "prefix" and method(config) in task.settings
+    return "published" if known else "the task's default"
 
 
 def method(config: Config) -> str:
@@ -390,17 +393,18 @@ def method(config: Config) -> str:
 def resolve(config: Config) -> Config:
     """Fill in every None and "auto" but dtype. UsageError for a value that no run can have."""
     task = find(config.task)
-    length, lr, wd = default_settings(config)
+    usual = default_settings(config)
+    length = usual.length
     if config.start and config.length is None:
         length = runs.read_prompts(config.start).shape[1]
     defaults: dict[str, Any] = {
         "length": length,
-        "lr": lr,
-        "wd": wd,
+        "lr": usual.lr,
+        "wd": usual.wd,
         "epochs": task.epochs,
-        "batch": task.batch,
+        "batch": usual.batch or task.batch,
         "backbone": task.backbone,
-        "optimizer": "adamw" if task.text else "sgd",
+        "optimizer": usual.optimizer or ("adamw" if task.text else "sgd"),
         "device": device(config.device),
         "compile": config.device != "cpu" and torch.cuda.is_available(),
     }

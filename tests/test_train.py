@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from local_server import serve
 from PIL import Image
 
+import sweep
 import train as train_module
 from data import Dataset, Split, UsageError, load
 from support import files
@@ -141,6 +142,28 @@ def test_the_learning_rate_rises_for_a_tenth_of_the_steps_and_falls_to_zero_alon
     assert np.allclose(np.diff(rates[:100]), rates[1] - rates[0])  # a line
     assert rates[550] == pytest.approx(1.0)  # half-way down the cosine
     assert 0 < rates[-1] < 1e-4
+
+
+def test_full_fine_tuning_and_the_probe_have_the_official_defaults_on_fgvc_and_vtab():
+    def chosen(**options):
+        config = resolve(Config(**options, device="cpu"))
+        rates = [learning_rate(config, step, 1000) for step in range(1000)]
+        return config.optimizer, config.batch, config.lr, rates.index(max(rates))
+
+    for task in ("cub", "cars", "cifar", "dsprites_loc"):
+        assert chosen(task=task, tune="full") == ("adamw", 384, 1e-4, 50)
+        assert chosen(task=task, tune="linear") == ("sgd", 1024, 1.0, 100)
+        assert chosen(task=task, tune="full", batch=8, lr=5e-3) == ("adamw", 8, 5e-3, 50)
+        assert chosen(task=task, tune="full", optimizer="sgd")[0] == "sgd"
+        assert chosen(task=task, share="deep")[:2] == ("sgd", 64)
+    assert chosen(tune="full") == ("sgd", 64, 0.05, 100)  # digits keeps its own
+    assert chosen(tune="linear") == ("sgd", 64, 5, 100)
+
+    # A sweep has one grid, so one optimizer and one batch, for every method.
+    asked = sweep.Sweep(tasks=["cub"], methods=["full", "probe", "deep"], device="cpu")
+    for cell in sweep.cells(asked):
+        config = sweep.grid(asked, cell)[0]
+        assert (config.optimizer, config.batch) == ("sgd", 64)
 
 
 def test_a_step_is_sgd_with_momentum_and_no_decay_on_the_head_bias(small_vit, tmp_path):
