@@ -20,10 +20,12 @@ import io
 import json
 import math
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -248,8 +250,10 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def fingerprint(backbone: nn.Module) -> str:
-    """Which weights these are: a prefix fits no others."""
-    made = hashlib.sha256()
+    """Which backbone this is, by its weights and normalisation: a prefix fits no other."""
+    # Equal weights with other pixels are another backbone; ImageNet's mean and std are the usual.
+    pixels = getattr(backbone, "normalisation", "")
+    made = hashlib.sha256(b"" if pixels.startswith("ImageNet") else pixels.encode())
     for name, value in sorted(backbone.state_dict().items()):
         made.update(name.encode() + value.float().contiguous().numpy(force=True).tobytes())
     return made.hexdigest()[:16]
@@ -322,13 +326,25 @@ def prepare_process() -> None:
 
 def device(name: str) -> Any:
     """Where to compute; auto is the GPU if there is one. UsageError for a GPU that there is not."""
-    if name == "cuda" and not torch.cuda.is_available():
+    if name == "cpu" or torch.cuda.is_available():
+        return "cuda" if name == "auto" else name
+    if name == "cuda":
         raise UsageError(
             "--device is cuda, but PyTorch finds no CUDA device here; use --device cpu"
         )
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
+    say_idle_gpu()
+    return "cpu"
+
+
+@cache
+def say_idle_gpu() -> None:
+    """Once per process: there is a driver for a GPU that PyTorch cannot use."""
+    if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
+        print(
+            f"this machine has an NVIDIA driver, but PyTorch {torch.__version__} cannot use CUDA, "
+            "so the CPU computes; install the PyTorch that fits the driver: https://pytorch.org",
+            file=sys.stderr,
+        )
 
 
 def use_bf16(config: Any, backbone: Any) -> bool:

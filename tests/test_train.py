@@ -1,6 +1,7 @@
 """train.py: the protocol, what may move and what may not, divergence, wrong input."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ import sweep
 import train as train_module
 from data import Dataset, Split, UsageError, load
 from support import files
+from support.runs import fingerprint, say_idle_gpu
 from train import (
     Config,
     TunedModel,
@@ -408,6 +410,34 @@ def test_a_run_knows_its_backbone_and_its_data(frozen, digits16, tmp_path):
         assert {path.name: path.read_bytes() for path in Path(config.out).iterdir()} == before
         same = replace(digits16, splits=dict(digits16.splits))
         assert train(config, frozen, same).status == "done"
+
+
+def test_a_backbone_is_its_weights_and_its_normalisation():
+    torch.manual_seed(0)
+    usual = ViT(image=16, patch=8, dim=16, n_layer=3, n_head=2)
+    other = ViT(**usual.sizes | {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)})
+    other.load_state_dict(usual.state_dict())
+    assert fingerprint(usual) != fingerprint(other)
+    # What runs of older versions keep is still true.
+    assert load_backbone(Config(device="cpu")).fingerprint == "5ad0270e1b7a8858"
+    texts = Config(task="restaurants", device="cpu")
+    assert load_backbone(texts).fingerprint == "2ca32205286882e1"
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_said_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    for driver, lines in ((None, 0), ("/usr/bin/nvidia-smi", 1)):
+        monkeypatch.setattr(shutil, "which", lambda name, driver=driver: driver)
+        say_idle_gpu.cache_clear()
+        assert resolve(Config()).device == resolve(Config()).device == "cpu"  # said once
+        said = capsys.readouterr().err
+        assert said.count("this machine has an NVIDIA driver, but") == said.count("\n") == lines
+    say_idle_gpu.cache_clear()
+    assert resolve(Config(device="cpu")).device == "cpu"  # as you asked
+    assert capsys.readouterr().err == ""
+    monkeypatch.undo()
+    say_idle_gpu.cache_clear()
 
 
 def photos(folder: Path) -> Path:
