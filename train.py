@@ -199,7 +199,9 @@ def fit(  # noqa: C901, PLR0915  (one run, one story)
             metrics = runs.write_texts(config, model, backbone, data)
         history[-1] |= {"status": status, **metrics}
         curve = f"{config.task}, {report.called(method(config))}: {runs.summary(history, data)}"
-        runs.save(out, metadata, model, optimizer, history, curve if config.final else "")
+        curve = curve if config.final else ""
+        prefix_kv = runs.final_prefix(config, model, backbone)  # (depth, 2, H, L, Dh)
+        runs.save(out, metadata, model, optimizer, history, curve, prefix_kv)
     return Result(status, history[-1], history, model, out)  # type: ignore[arg-type]
 
 
@@ -342,8 +344,7 @@ def evaluate(
     config = resolve(config)
     loss_of = loss_function(config, data)
     bf16 = use_bf16(config, backbone)
-    with torch.autocast(config.device, torch.bfloat16, enabled=bf16):
-        prefix_kv = model.eval().prefix_kv(backbone)  # (depth, 2, H, L, Dh)
+    prefix_kv = runs.final_prefix(config, model, backbone)  # (depth, 2, H, L, Dh)
 
     # Add up over the batches. For texts, `correct` is the number of target tokens.
     count = data.count(split)

@@ -3,7 +3,8 @@
     config.json            the settings; a folder takes no run with others
     state.pt               after every epoch: all that `resume` needs; gone at the end
     metrics.jsonl          a row per epoch; the last one has a "status" and the run's result
-    prefix.safetensors     at the end: prefix and head, and what extras.sample must know to use them
+    prefix.safetensors     at the end: prefix and head, the prefix_kv that the prefix makes, and what
+                           extras.sample must know to use them
     backbone.safetensors   at the end, if the backbone itself was trained
     curve.png              loss, and accuracy or val loss, over the epochs of a final run
     generated.jsonl        of a text task: source, references and output, in the test set's order
@@ -177,10 +178,12 @@ def save(
     optimizer: torch.optim.Optimizer,
     history: list[dict],
     heading: str = "",
+    prefix_kv: Tensor | None = None,
 ) -> None:
     """After an epoch: state.pt. At the end: what a user keeps, and state.pt goes.
 
     metadata: what prefix.safetensors says of itself. heading: of the curve, if one is to be drawn.
+    prefix_kv: what a user needs of the prefix.
     """
     status = history[-1].get("status")
     if status is None:
@@ -196,6 +199,8 @@ def save(
             write(out / "backbone.safetensors", pack(model.backbone.state_dict(), sizes))
         state = model.state_dict()
         state = {name: state[name] for name in state if not name.startswith("backbone.")}
+        if prefix_kv is not None:
+            state["prefix_kv"] = prefix_kv.contiguous()  # (depth, 2, H, L, Dh)
         known = metadata | {"history": history}
         strings = {name: json.dumps(value) for name, value in known.items()}
         write(out / "prefix.safetensors", pack(state, strings))
@@ -217,6 +222,7 @@ def lines(rows: list[dict]) -> bytes:
 def load(out: Path, model: nn.Module) -> dict:
     """Fill the model with what a finished run kept; its metadata. Any error if that is damaged."""
     state, metadata = read_weights(out / "prefix.safetensors")
+    state.pop("prefix_kv", None)  # the model makes it
     if model.backbone is not None:
         kept, _ = read_weights(out / "backbone.safetensors")
         state |= {f"backbone.{name}": value for name, value in kept.items()}
@@ -468,6 +474,13 @@ def batches(config: Any, data: Any, split: str, **order: Any) -> Iterator[tuple[
             pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, missing))  # (B, size, size, 3)
             batch = (pixels, F.pad(labels, (0, missing), value=-100))
         yield examples, tuple(tensor.to(config.device, non_blocking=True) for tensor in batch)
+
+
+@torch.no_grad()
+def final_prefix(config: Any, model: Any, backbone: Any) -> Tensor | None:
+    """The prefix_kv (depth, 2, H, L, Dh) that evaluation uses, in its type; None without one."""
+    with torch.autocast(config.device, torch.bfloat16, enabled=use_bf16(config, backbone)):
+        return model.eval().prefix_kv(backbone)
 
 
 @torch.inference_mode()
