@@ -3,7 +3,7 @@
     config.json            the settings; a folder takes no run with others
     state.pt               after every epoch: all that `resume` needs; gone at the end
     metrics.jsonl          a row per epoch; the last one has a "status" and the run's result
-    prefix.safetensors     at the end: prefix and head, the prefix_kv that the prefix makes, and what
+    prefix.safetensors     at the end: prefix and head, the prefix_kv that it makes, and what
                            extras.sample must know to use them
     backbone.safetensors   at the end, if the backbone itself was trained
     curve.png              loss, and accuracy or val loss, over the epochs of a final run
