@@ -335,16 +335,23 @@ def learning_rate(config: Config, step: int, steps: int) -> float:
 
 @torch.no_grad()
 def evaluate(
-    config: Config, model: TunedModel, backbone: Backbone, data: Data, split: str
+    config: Config,
+    model: TunedModel,
+    backbone: Backbone,
+    data: Data,
+    split: str,
+    prefix_kv: Tensor | None = None,
 ) -> float:
     """Images: top-1 accuracy in % on centre crops. Text: mean loss of a target token, in nats.
 
-    NaN if a loss is. There is no dropout, and the prefix is generated once for all batches.
+    NaN if a loss is. There is no dropout. prefix_kv: instead of the model's own, which is made once
+    for all batches.
     """
     config = resolve(config)
     loss_of = loss_function(config, data)
     bf16 = use_bf16(config, backbone)
-    prefix_kv = runs.final_prefix(config, model, backbone)  # (depth, 2, H, L, Dh)
+    if prefix_kv is None:
+        prefix_kv = runs.final_prefix(config, model, backbone)  # (depth, 2, H, L, Dh)
 
     # Add up over the batches. For texts, `correct` is the number of target tokens.
     count = data.count(split)

@@ -1,18 +1,25 @@
-"""A trained prefix for Hugging Face peft: keys and values alone, without the map that made them.
+"""A trained prefix for other programs: Hugging Face peft (texts) and VPT (images, Simple-share).
 
     python -m extras.sample RUN --export FOLDER
     model = PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained("gpt2"), FOLDER)
 
-The logits are ours. The texts of peft 0.21's `generate` under transformers 5.24 are not: it passes
-the prefix as `past_key_values`, which that version of transformers calls `cache`, and generate's
-own empty cache wins. So the prefix is not read; only the positions move.
+peft gets keys and values alone, without the map that made them. The logits are ours. The texts of
+peft 0.21's `generate` under transformers 5.24 are not: it passes the prefix as `past_key_values`,
+which that version of transformers calls `cache`, and generate's own empty cache wins. So the prefix
+is not read; only the positions move.
+
+    python -m extras.sample RUN --export prompt_ep100.pth
+
+VPT gets the vectors p[l] of Simple-share, which are the prompts of VPT-deep (see prefix.py).
 
 Shapes: L prefix length, D width, H heads, Dh = D / H, depth = layers with a prefix.
 """
 
+import io
 import json
 from pathlib import Path
 
+import torch
 from safetensors import torch as safetensors
 from torch import Tensor
 
@@ -20,7 +27,7 @@ from gpt import GPT
 from support.files import UsageError, write
 
 
-def export(prefix_kv: Tensor, gpt: GPT, base: str, folder: Path) -> None:
+def export_peft(prefix_kv: Tensor, gpt: GPT, base: str, folder: Path) -> None:
     """Write prefix_kv (depth, 2, H, L, Dh) of a GPT as a prefix-tuning adapter of peft.
 
     base: the name or folder of that GPT. UsageError if not every layer has a prefix.
@@ -42,10 +49,17 @@ def export(prefix_kv: Tensor, gpt: GPT, base: str, folder: Path) -> None:
         "inference_mode": True,
     }
     flat = prefix_kv.float().cpu().permute(3, 0, 1, 2, 4).reshape(length, -1)  # (L, depth * 2 * D)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--export {folder}: {error.strerror}; name another folder") from error
     weights = safetensors.save({"prompt_embeddings": flat.contiguous()})
     write(folder / "adapter_model.safetensors", weights)
     write(folder / "adapter_config.json", json.dumps(config, indent=2).encode())
+
+
+def export_vpt(p: Tensor, file: Path) -> None:
+    """Write the vectors p (depth, L, D) of Simple-share as the prompt_epN.pth of KMnP/vpt.
+
+    That is a dict of NumPy arrays: shallow_prompt (1, L, D) of the first layer, and deep_prompt
+    (depth - 1, L, D) of the others.
+    """
+    prompts, content = p.numpy(force=True), io.BytesIO()
+    torch.save({"shallow_prompt": prompts[:1], "deep_prompt": prompts[1:]}, content)
+    write(file, content.getvalue())

@@ -6,10 +6,10 @@ A file that was edited after it was written is named and left out. One whose res
 several commits, or from a tree with changes, is named below the table.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -24,12 +24,19 @@ def rows_of(found: dict) -> Iterator[list]:
     device, commit = ", ".join(found["hours"]), found["commits"][0][:7]
     for row in found["rows"]:
         values = list(row["test"].values())
-        line: list = [row["task"], report.called(row["method"])]
-        line += [f"{mean(values):.2f} ± {report.deviation(values):.2f}", len(values)]
-        compared: list = [None, None, None]
+        tested = f"{mean(values):.2f} ± {report.deviation(values):.2f}"
+        paper: list = [None, None, None]
         if row["paper"]:
-            compared = [row["paper"], f"{row['difference']:+.2f}", row["agrees"]]
-        yield [*line, *compared, device, commit]
+            paper = [row["paper"], f"{row['difference']:+.2f}", row["agrees"]]
+        yield [
+            row["task"],
+            report.called(row["method"]),
+            tested,
+            len(values),
+            *paper,
+            device,
+            commit,
+        ]
 
 
 def collect(paths: list[str]) -> str:
@@ -53,15 +60,13 @@ def collect(paths: list[str]) -> str:
 
 
 def run(argv: list[str] | None) -> None:
-    parser: argparse.ArgumentParser = Parser(
-        description=(__doc__ or "").split("\n")[0], allow_abbrev=False
-    )
+    parser = Parser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("files", nargs="+", help="reproduction.json files")
     print(collect(parser.parse_args(argv).files))
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code(lambda: run(argv))
+    return exit_code(partial(run, argv))
 
 
 if __name__ == "__main__":

@@ -9,47 +9,33 @@ support/metrics.py lists them.
 
 import json
 import sys
-from pathlib import Path
-from types import SimpleNamespace
+from functools import partial
 
 from support.files import Parser, UsageError, exit_code
+from support.language import Pair, lines, parsed
 from support.metrics import RULES, score
 
 
-def read(path: Path) -> tuple[list[str], list[SimpleNamespace]]:
-    """The outputs, and beside each its references and its group."""
+def read(path: str) -> tuple[list[str], list[Pair]]:
+    """The outputs, and beside each its references and its group. UsageError for another file."""
     outputs, pairs = [], []
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{path} cannot be read ({error}); name a run's generated.jsonl"
-        ) from error
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = dict(json.loads(line))
-            texts = [row["output"], *list.copy(row["references"])]  # TypeError if it is no list
-        except (ValueError, TypeError, KeyError):
-            texts = []
+    for place, line in lines(path):
+        row = parsed(place, line)
+        references = row.get("references")
+        texts = [row.get("output"), *references] if isinstance(references, list) else []
         if len(texts) < 2 or not all(isinstance(text, str) for text in texts):
             wanted = '{"references": ["...", ...], "output": "..."}'
-            raise UsageError(f"{path} line {number}: not {wanted}, but {line[:40]}; mend it")
+            raise UsageError(f"{place}: not {wanted}, but {line[:40]}; mend it")
         outputs.append(texts[0])
-        pairs.append(SimpleNamespace(references=texts[1:], group=str(row.get("group", ""))))
+        pairs.append(Pair("", texts[1:], str(row.get("group", ""))))
     if not outputs:
         raise UsageError(f"{path} has no line to score")
     return outputs, pairs
 
 
-def work(argv: list[str] | None) -> None:
-    parser = Parser(
-        prog="python -m extras.score", description="Score written texts.", allow_abbrev=False
-    )
-    parser.add_argument(
-        "file", type=Path, help="a .jsonl file with references and output in each line"
-    )
+def run(argv: list[str] | None) -> None:
+    parser = Parser(description="Score written texts.", allow_abbrev=False)
+    parser.add_argument("file", help="a .jsonl file with references and output in each line")
     parser.add_argument(
         "--rules", choices=RULES, default="plain", help="as which task's papers score"
     )
@@ -64,7 +50,7 @@ def work(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code(lambda: work(argv))
+    return exit_code(partial(run, argv))
 
 
 if __name__ == "__main__":

@@ -144,9 +144,13 @@ def explain(error: BaseException) -> str:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write all of `content` or nothing. UsageError if the disk is full or read-only."""
+    """Write all of `content` or nothing, in a folder that is made if it is not there.
+
+    UsageError if the disk is full or read-only.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()

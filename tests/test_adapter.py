@@ -1,16 +1,20 @@
-"""adapter.py: what peft computes with an exported prefix is what we compute."""
+"""adapter.py: peft and VPT compute with an exported prefix what we compute."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from data import load
-from extras.adapter import export
-from extras.sample import load_run, main
+from extras.adapter import export_peft
+from extras.sample import export, load_run, main
 from gpt import GPT, converted
 from prefix import SHARE, Prefix
 from support.files import UsageError
@@ -44,7 +48,7 @@ def random_prefix(gpt: GPT, share: str, shallow: bool = False) -> torch.Tensor:
 def test_pefts_forward_pass_on_an_exported_prefix_equals_ours(share, pair, tmp_path):
     theirs, ours = pair
     prefix_kv = random_prefix(ours, share)
-    export(prefix_kv, ours, "gpt2", tmp_path)
+    export_peft(prefix_kv, ours, "gpt2", tmp_path)
     assert load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"].shape == (
         L,
         LAYERS * 2 * D,
@@ -73,7 +77,7 @@ def test_a_prompt_is_written_on_with_its_own_prefix_in_a_batch_of_several(pair):
 
 def test_a_shallow_prefix_is_refused(pair, tmp_path):
     with pytest.raises(UsageError, match="--shallow"):
-        export(random_prefix(pair[1], "none", shallow=True), pair[1], "gpt2", tmp_path / "new")
+        export_peft(random_prefix(pair[1], "none", shallow=True), pair[1], "gpt2", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -93,6 +97,49 @@ def test_the_command_exports_a_text_run_and_refuses_what_has_no_such_prefix(tmp_
     assert [*load_run(run).generate("name : 3")] == load_run(run).generate(["name : 3"])
     with pytest.raises(UsageError, match="is a run on text"):
         load_run(run).predict(["a.png"])
-    (tmp_path / "file").write_text("")
-    assert main([str(run), "--export", str(tmp_path / "file")]) == 2
-    assert "--export" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="no prompts of VPT-deep"):
+        export(load_run(run), tmp_path / "prompt_ep1.pth")
+    without = replace(load_run(run), prefix_kv=None)
+    with pytest.raises(UsageError, match="has no prefix to export"):
+        export(without, new)
+
+
+ARRAYS = [np.ndarray, np.dtype, type(np.dtype("f4")), np.zeros(0).__reduce__()[0]]
+
+
+def test_the_prompts_of_a_simple_share_run_are_vpts_file_and_make_its_keys_and_values(
+    tmp_path, capsys
+):
+    settings = {"task": "digits", "share": "simple", "length": 3, "epochs": 2, "fraction": 0.05}
+    config = Config(**settings, out=str(tmp_path / "run"), device="cpu")
+    backbone = load_backbone(config)
+    train(config, backbone, load("digits", image_size=32))
+    capsys.readouterr()
+
+    # A file gets its name from the user, one in a folder from VPT: the number of epochs is in it.
+    file, folder = tmp_path / "own.pth", tmp_path / "new"
+    for target, written in ((file, file), (folder, folder / "prompt_ep2.pth")):
+        assert main([config.out, "--export", str(target)]) == 0
+        assert str(written) in capsys.readouterr().out
+        with torch.serialization.safe_globals(ARRAYS):
+            arrays = torch.load(written, weights_only=True)
+        assert {name: value.shape for name, value in arrays.items()} == {
+            "shallow_prompt": (1, 3, 32),
+            "deep_prompt": (7, 3, 32),
+        }
+        assert all(type(value) is np.ndarray for value in arrays.values())
+
+    # timm's layers make the run's keys and values of them, as they do of a token.
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 8, "num_heads": 4}
+    vit = timm.models.VisionTransformer(**sizes, num_classes=0)
+    vit.load_state_dict(backbone.state_dict())
+    prompts = torch.from_numpy(np.concatenate([arrays["shallow_prompt"], arrays["deep_prompt"]]))
+    run = load_run(config.out)
+    for block, prompt, expected in zip(vit.blocks, prompts, run.prefix_kv, strict=True):
+        _, k, v = block.attn.qkv(block.norm1(prompt)).view(3, 3, 4, 8).permute(1, 2, 0, 3)
+        torch.testing.assert_close(torch.stack([k, v]), expected, atol=1e-5, rtol=0)
+
+    # A prompt in the first layer alone lives on in VPT, so it is no prefix.
+    for other in ({"shallow": True}, {"share": "deep"}, {"tune": "linear"}):
+        with pytest.raises(UsageError, match="has no prompts of VPT-deep"):
+            export(replace(run, config=replace(run.config, **other)), Path("x.pth"))

@@ -266,9 +266,9 @@ def test_a_source_that_is_too_long_and_a_missing_source_are_one_sentence(config,
     capsys.readouterr()
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n')
     for words, sentence in {
-        ("x" * 300,): "a source is too long",
+        ("x" * 300,): "the longest needs ",
         (): "no source is given",
-        (str(tmp_path / "bad.jsonl"),): "must hold a source per line",
+        (str(tmp_path / "bad.jsonl"),): 'no {"source": "..."}',
     }.items():
         assert sample.main([config.out, *words]) == 2
         error = capsys.readouterr().err

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from data import ASSETS, TASKS, load
+import train as protocol
+from data import ASSETS, TASKS, Dataset, load
 from extras.explain import (
     altered,
     attention_of,
@@ -30,23 +31,45 @@ from extras.sample import load_run, main, untrained
 from support import runs as run_folder
 from support.files import UsageError
 from support.images import stratified
-from train import Config, load_backbone, train
+from train import Config, TunedModel, load_backbone, train
 
 QUICK = {"task": "digits", "fraction": 0.2, "epochs": 2, "length": 4, "lr": 2.5, "wd": 0.0}
 
 
+def train_and_watch(config: Config, data: Dataset) -> dict[str, torch.Tensor]:
+    """Train. What the last evaluation used and found: "kv", and "logits" (797, 10) of test."""
+    used, found = [], []
+    loss_of, logits_of = protocol.image_loss, TunedModel.logits
+
+    def loss(model, *rest, prefix_kv=None):
+        used.append(prefix_kv)
+        return loss_of(model, *rest, prefix_kv=prefix_kv)
+
+    def logits(model, features):
+        found.append(logits_of(model, features).detach())
+        return logits_of(model, features)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol, "image_loss", loss)
+        patch.setattr(TunedModel, "logits", logits)
+        train(config, load_backbone(config), data)
+    return {"kv": used[-1], "logits": torch.cat(found[-13:])}  # 12 batches of 64, one of 29
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    """Finished runs on digits: Deep-share, No-share and full fine-tuning."""
+    """Finished runs on digits, and in NAME.pt what the last evaluation of each used and found."""
     folder, data = tmp_path_factory.mktemp("runs"), load("digits", image_size=32)
     methods = {
         "deep": {"share": "deep"},
         "none": {"share": "none"},
+        "simple": {"share": "simple"},
+        "bf16": {"share": "simple", "dtype": "bf16"},
         "full": {"tune": "full", "lr": 0.05, "epochs": 5},
     }
     for name, method in methods.items():
-        config = Config(**QUICK | method, out=str(folder / name))
-        train(config, load_backbone(config), data)
+        config = Config(**QUICK | method, out=str(folder / name), device="cpu")
+        torch.save(train_and_watch(config, data), folder / f"{name}.pt")
     return {name: folder / name for name in methods}
 
 
@@ -153,7 +176,8 @@ def test_pictures_are_drawn_for_images_and_for_experts(runs, pictures, tmp_path,
     )
     with Image.open(line["picture"]) as drawn:
         assert min(drawn.size) > 400
-    (line,) = said(capsys, runs["deep"], runs["none"], "--experts", "--out", tmp_path)
+    line, other = said(capsys, runs["deep"], runs["none"], "--experts", "--out", tmp_path)
+    assert line["picture"] == other["picture"]
     with Image.open(line["picture"]) as drawn:
         assert min(drawn.size) > 400
     assert {path.name for path in tmp_path.iterdir()} == {"experts.png", "explain-0000-2.png"}
@@ -176,10 +200,10 @@ def test_the_effective_rank_counts_directions_and_cosines_compare_all_pairs():
         "other backbone": "has other weights than the one",
         "missing backbone": "the backbone 'gone.safetensors' cannot be used",
         "damaged": "is not the folder of a finished run",
-        "empty folder": "holds no image",
-        "missing image": "does not exist",
+        "empty folder": "is named; give images or folders",
+        "missing image": "none of the images could be read",
         "only bad images": "none of the images could be read",
-        "no image": "no image is named",
+        "no image": "is named; give images or folders",
         "no prefix to explain": "has no prefix",
         "no experts": "has no prefix",
         "unknown option": "--explian",
@@ -253,38 +277,48 @@ def test_an_image_that_cannot_be_read_is_named_in_one_error(runs, pictures, tmp_
 
 
 RELOAD = """
-import sys, torch
-from safetensors.torch import load_file
+import json, sys
+from pathlib import Path
 from extras.sample import load_run
-run = load_run(sys.argv[1], device="cpu")
-torch.save(run.logits(load_file(sys.argv[2])["pixels"]), sys.argv[3])
+pictures, *folders = sys.argv[1:]
+for folder in folders:
+    found = load_run(folder, device="cpu").predict(sorted(Path(pictures).iterdir()))
+    print(json.dumps(found))
 """
+BAKED = ("deep", "none", "simple", "bf16")
 
 
-@pytest.mark.parametrize("share", ["deep", "simple"])
-def test_a_new_process_predicts_bit_for_bit_what_the_training_ended_with(share, tmp_path):
-    config = Config(**QUICK | {"share": share, "out": str(tmp_path / "run"), "device": "cpu"})
-    backbone, data = load_backbone(config), load("digits", image_size=32)
-    result = train(config, backbone, data)
-    pixels, _ = next(data.batches("test", 64))  # (64, 32, 32, 3)
-    with torch.no_grad():
-        kv = result.model.eval().prefix_kv(backbone)
-        expected = result.model.classify(backbone, pixels, kv)
-    save_file({"pixels": pixels}, tmp_path / "pixels.safetensors")
-    paths = [tmp_path / name for name in ("run", "pixels.safetensors", "logits.pt")]
+@pytest.mark.slow
+def test_a_new_process_predicts_bit_for_bit_what_the_training_ended_with(runs, pictures, tmp_path):
+    """With the keys and values of the file, and made anew from a file that lacks them."""
+    folders = [runs[name] for name in BAKED] + [tmp_path / name for name in BAKED]
+    for whole, folder in zip(folders, folders[len(BAKED) :], strict=False):
+        shutil.copytree(whole, folder)
+        state, facts = run_folder.read_weights(folder / "prefix.safetensors")
+        del state["prefix_kv"]
+        strings = {name: json.dumps(value) for name, value in facts.items()}
+        save_file(state, folder / "prefix.safetensors", strings)
+    command = [sys.executable, "-c", RELOAD, str(pictures), *map(str, [*folders, runs["full"]])]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-c", RELOAD, *map(str, paths)]
-    subprocess.run(command, cwd=ASSETS.parent, env=os.environ | threads, check=True)
-    assert torch.equal(torch.load(paths[2]), expected)
-    assert not torch.equal(expected[:1], expected[1:2])
+    ran = subprocess.run(
+        command, cwd=ASSETS.parent, env=os.environ | threads, stdout=subprocess.PIPE, check=True
+    )
+    found = [json.loads(line) for line in ran.stdout.splitlines()]
+    for name, images in zip([*BAKED, *BAKED, "full"], found, strict=True):
+        expected = torch.load(runs[name].with_suffix(".pt"))["logits"].softmax(-1).tolist()
+        assert [[chances[str(i)] for i in range(10)] for chances in images] == expected, name
+    assert found[0] != found[1]
 
-    # and so it does if the file holds no keys and values, only what made them
-    path = tmp_path / "run" / "prefix.safetensors"
-    facts = {name: json.dumps(value) for name, value in run_folder.metadata(path.parent).items()}
-    kept = load_file(path)
-    kept.pop("prefix_kv", None)
-    save_file(kept, path, facts)
-    assert torch.equal(load_run(path.parent, device="cpu").logits(pixels), expected)
+
+@pytest.mark.parametrize("name", BAKED)
+def test_the_file_keeps_the_keys_and_values_of_the_last_evaluation_bit_for_bit(name, runs):
+    kept = load_file(runs[name] / "prefix.safetensors")["prefix_kv"]
+    used = torch.load(runs[name].with_suffix(".pt"))["kv"]
+    assert kept.shape == (8, 2, 4, 4, 8)  # (depth, 2, H, L, Dh)
+    assert kept.is_contiguous()
+    assert kept.dtype == used.dtype
+    assert torch.equal(kept, used)
+    assert torch.equal(load_run(runs[name]).prefix_kv, used)
 
 
 def test_two_runs_share_one_batch_each_with_its_own_prefix_and_head(runs):
@@ -315,10 +349,9 @@ def test_the_same_experts_in_another_order_and_a_mean_of_equal_experts_change_no
 def test_experts_are_tested_as_trained_and_altered_if_the_data_are_there(
     runs, tmp_path, capsys, monkeypatch
 ):
-    (line,) = said(capsys, runs["deep"], "--experts", "--out", tmp_path)
-    (run,) = line["runs"]
+    (run,) = said(capsys, runs["deep"], "--experts", "--out", tmp_path)
     metrics = json.loads((runs["deep"] / "metrics.jsonl").read_text().splitlines()[-1])
-    assert 100 * run["test accuracy"]["as trained"] == metrics["test"]
+    assert run["test accuracy"]["as trained"] == metrics["test"]
     assert len(run["test accuracy"]) == 4
     gone = replace(TASKS["digits"], here=lambda root: False)
     monkeypatch.setitem(TASKS, "digits", gone)
@@ -367,11 +400,7 @@ def test_the_timm_snippet_of_the_docs_computes_the_same_logits(runs, tmp_path, m
     monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: plain)
     pixels, _ = next(load("digits", image_size=32).batches("test", 5))
     known = {"images": run.backbone.normalise(pixels)}
-    kept = load_file(runs["deep"] / "prefix.safetensors")
-    (tmp_path / "RUN").mkdir()
-    save_file(
-        kept | {"prefix_kv": run.prefix_kv.contiguous()}, tmp_path / "RUN" / "prefix.safetensors"
-    )
+    (tmp_path / "RUN").symlink_to(runs["deep"])
     monkeypatch.chdir(tmp_path)
     without = plain(known["images"])
     exec(code, known)
