@@ -15,12 +15,10 @@ Sources: Jia et al., ECCV 2022 (VPT); Li & Liang, ACL 2021; Le et al., ICLR 2025
 
 import argparse
 import copy
-import json
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,8 +31,17 @@ from data import Dataset, Settings, Text, find, load, title
 from gpt import GPT
 from prefix import SHARE, Prefix
 from support import report, runs
-from support.files import GOES_ON, Parser, add_options, exit_code, opt, write
-from support.runs import BAR, batches, device, open_backbone, prepare_process, use_bf16
+from support.files import GOES_ON, Parser, add_options, exit_code, opt
+from support.metrics import write_texts
+from support.runs import (
+    BAR,
+    batches,
+    device,
+    open_backbone,
+    prepare_process,
+    training_split,
+    use_bf16,
+)
 from vit import ViT
 
 Backbone = ViT | GPT
@@ -124,23 +131,26 @@ def fit(  # noqa: C901, PLR0915  (one run, one story)
     epoch_steps = math.ceil(count / config.batch)
     steps = config.epochs * epoch_steps
 
-    # A folder that already holds this run says where to go on.
-    out = Path(config.out)
+    # What decides the outcome: settings, backbone, data, and the prompts of a --start.
     identity = {"config": asdict(config), "fingerprint": backbone.fingerprint}
     identity["data"] = data.identity
     if config.start:
         identity["start"] = runs.start_from(config.start, model.prefix.p.data)
+
+    # A folder that already holds this run says where to go on.
+    out = Path(config.out)
     metadata = identity | data.metadata
-    if data.listing is not None and not (out / "config.json").exists():  # a split made here
-        write(out / "split.json", json.dumps(data.listing, indent=1).encode())
-    history = runs.resume(out, identity, model, optimizer)
+    history = runs.resume(out, identity, model, optimizer, data.listing)
     status = history[-1].get("status", "running") if history else "running"
-    last_epoch = min(stop or config.epochs, config.epochs)
-    progress = {"total": config.epochs * count, "initial": len(history) * count, "unit": data.unit}
-    bar = tqdm(desc=f"{data.task} {report.called(method(config))}", **progress, **BAR)
+
+    # The progress of the whole run, its earlier epochs included.
+    name = report.called(method(config))
+    total, done = config.epochs * count, len(history) * count
+    bar = tqdm(desc=f"{data.task} {name}", total=total, initial=done, unit=data.unit, **BAR)
     if config.compile and status == "running":
         bar.set_postfix_str("compiling the step, once")  # shown at once: it may take a minute
 
+    last_epoch = min(stop or config.epochs, config.epochs)
     while len(history) < last_epoch and status == "running":
         # Dropout depends on seed and epoch alone: an epoch needs no state of those before it.
         epoch = len(history)
@@ -177,6 +187,7 @@ def fit(  # noqa: C901, PLR0915  (one run, one story)
         elif math.isfinite(mean):
             val = evaluate(config, model, backbone, data, "val")
             row |= {"val loss": val, "val perplexity": math.exp(min(val, 700))}
+        # A loss that is not finite ends the run.
         if not all(math.isfinite(value) for value in row.values()):
             status = "diverged"
             row = {"epoch": epoch + 1, "status": status}
@@ -186,34 +197,38 @@ def fit(  # noqa: C901, PLR0915  (one run, one story)
         runs.save(out, metadata, model, optimizer, history)
     bar.close()
 
-    # After the last epoch: test once (a run of a grid: val), and keep what a user needs.
+    # After the last epoch: test once (a run of a grid: val).
     if len(history) == config.epochs and status == "running":
-        status = "done"
-        metrics = {}
-        if not data.text:
+        status, metrics = "done", {}
+        if data.text and config.final:
+            metrics = write_texts(config, model, backbone, data)
+        elif not data.text:
             judged = "test" if config.final else "val"
             metrics = {judged: evaluate(config, model, backbone, data, judged)}
             if math.isnan(metrics[judged]):
                 status, metrics = "diverged", {}
-        elif config.final:
-            metrics = runs.write_texts(config, model, backbone, data)
         history[-1] |= {"status": status, **metrics}
-        curve = f"{config.task}, {report.called(method(config))}: {runs.summary(history, data)}"
-        curve = curve if config.final else ""
+
+        # Keep what a user needs: the weights, the prefix that they make, and a curve.
         prefix_kv = runs.final_prefix(config, model, backbone)  # (depth, 2, H, L, Dh)
+        heading = f"{config.task}, {name}: {report.summary(history, data)}"
+        curve = report.curve(history, heading) if config.final else b""
         runs.save(out, metadata, model, optimizer, history, curve, prefix_kv)
-    return Result(status, history[-1], history, model, out)  # type: ignore[arg-type]
+    return Result(status, history, model)  # type: ignore[arg-type]
 
 
 @dataclass
 class Result:
-    """What a run leaves. metrics: its last row, at the end with the accuracy on val or test."""
+    """What a run leaves: its status, a row of metrics per epoch, and what was trained."""
 
     status: Literal["running", "done", "diverged"]
-    metrics: dict
-    history: list[dict]  # one row of metrics per epoch
+    history: list[dict]
     model: "TunedModel"
-    out: Path
+
+    @property
+    def metrics(self) -> dict:
+        """The last row; at the end it has the accuracy on val or test, or the scores of texts."""
+        return self.history[-1]
 
 
 def train(config: Config, backbone: Backbone, data: Data, stop: int | None = None) -> Result:
@@ -221,14 +236,11 @@ def train(config: Config, backbone: Backbone, data: Data, stop: int | None = Non
 
     stop: return "running" after so many epochs. UsageError if the folder holds something else.
     """
+    # Mistakes are found before anything starts; a folder belongs to one process.
     config = resolve(config)
-    runs.check_fit(config, backbone, data, training_split(config, data))
+    runs.check_fit(config, backbone, data)
     with runs.run_lock(Path(config.out)):
         return fit(config, backbone, data, stop)
-
-
-def training_split(config: Config, data: Data) -> str:
-    return data.final if config.final else "train"
 
 
 class TunedModel(nn.Module):
@@ -241,11 +253,13 @@ class TunedModel(nn.Module):
         self.head: Any = None  # nn.Linear
         if config.tune == "prefix":
             # Images: a map per layer. Text: one wide map for all layers, no dropout (Li & Liang).
-            sizes = (backbone.n_layer, backbone.n_head, backbone.dim, config.length, config.share)
-            form: dict = {"shallow": config.shallow, "init_scale": backbone.prefix_init_scale}
-            if not classes:
-                form |= {"hidden": 512, "per_layer": False, "dropout": 0.0}
-            self.prefix = Prefix(*sizes, **form)
+            for_text: dict = {"hidden": 512, "per_layer": False, "dropout": 0.0}
+            self.prefix = Prefix(
+                *(backbone.n_layer, backbone.n_head, backbone.dim, config.length, config.share),
+                shallow=config.shallow,
+                init_scale=backbone.prefix_init_scale,
+                **({} if classes else for_text),
+            )
         elif config.tune == "full":
             self.backbone = copy.deepcopy(backbone).requires_grad_(True)
         if classes:
@@ -260,12 +274,10 @@ class TunedModel(nn.Module):
     def classify(self, backbone: ViT, pixels: Tensor, prefix_kv: Tensor | None) -> Tensor:
         """pixels (B, size, size, 3) uint8 -> logits (B, C) in fp32."""
         vit = self.backbone or backbone
-        return self.logits(vit(vit.normalise(pixels), prefix_kv))  # (B, C)
-
-    def logits(self, features: Tensor) -> Tensor:
-        """(B, D) -> (B, C), in fp32 even under autocast: bf16 makes ties between classes."""
+        features = vit(vit.normalise(pixels), prefix_kv)  # (B, D)
+        # The head computes in fp32 even under autocast: bf16 makes ties between classes.
         with torch.autocast(features.device.type, enabled=False):
-            return self.head(features.float())
+            return self.head(features.float())  # (B, C)
 
 
 def image_loss(
@@ -278,10 +290,10 @@ def image_loss(
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of B images, and how many the model got right. This is compiled."""
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
+        # While training, every image has its own prefix if there is dropout.
         if prefix_kv is None:
             prefix_kv = model.prefix_kv(backbone, len(pixels))  # (depth, 2, [B,] H, L, Dh)
-        vit = model.backbone or backbone
-        logits = model.logits(vit(vit.normalise(pixels), prefix_kv))  # (B, C)
+        logits = model.classify(backbone, pixels, prefix_kv)  # (B, C)
     return F.cross_entropy(logits, labels), (logits.argmax(-1) == labels).sum()
 
 
@@ -347,7 +359,6 @@ def evaluate(
     NaN if a loss is. There is no dropout. prefix_kv: instead of the model's own, which is made once
     for all batches.
     """
-    config = resolve(config)
     loss_of = loss_function(config, data)
     bf16 = use_bf16(config, backbone)
     if prefix_kv is None:
@@ -381,14 +392,14 @@ def default_settings(config: Config) -> Settings:
 
 def whose_settings(config: Config) -> str:
     """Whose length, learning rate and weight decay a resolved config has."""
-    task = find(config.task)
     if (config.length, config.lr, config.wd) != default_settings(config)[:3]:
         return "yours"
-    # What is known of the shipped backbones was found here, not in the paper.
-    if task.backbone in ("tiny", "tiny_gpt") or config.backbone != task.backbone:
-        return "the task's default"
+    # The paper's are for its own backbones; of the shipped ones it knows nothing.
+    task = find(config.task)
     known = config.tune == "prefix" and method(config) in task.settings
-    return "published" if known else "the task's default"
+    if known and config.backbone == task.backbone not in ("tiny", "tiny_gpt"):
+        return "published"
+    return "the task's default"
 
 
 def method(config: Config) -> str:
@@ -401,6 +412,7 @@ def method(config: Config) -> str:
 def resolve(config: Config) -> Config:
     """Fill in every None and "auto" but dtype. UsageError for a value that no run can have."""
     task = find(config.task)
+    where = device(config.device)
     usual = default_settings(config)
     length = usual.length
     if config.start and config.length is None:
@@ -413,8 +425,8 @@ def resolve(config: Config) -> Config:
         "batch": usual.batch or task.batch,
         "backbone": task.backbone,
         "optimizer": usual.optimizer or ("adamw" if task.text else "sgd"),
-        "device": device(config.device),
-        "compile": config.device != "cpu" and torch.cuda.is_available(),
+        "device": where,
+        "compile": where == "cuda",
     }
     for name, value in defaults.items():
         if getattr(config, name) in (None, "auto"):
@@ -446,21 +458,6 @@ def load_backbone(config: Config, pretrained: bool = True) -> Backbone:
     return backbone
 
 
-def run(argv: list[str] | None) -> int:
-    """One run from the command line; its exit code: 0 done, 3 diverged."""
-    config = resolve(Config(**vars(parser((__doc__ or "").split("\n")[0]).parse_args(argv))))
-    prepare_process()
-    backbone = load_backbone(config)
-    data = load(config.task, config.data_dir, **backbone.inputs)
-    name = report.called(method(config))
-    count = data.count(training_split(config, data), config.fraction)
-    dtype = "bf16" if use_bf16(config, backbone) else "fp32"
-    print(runs.first_line(config, data, backbone, name, whose_settings(config), count, dtype))
-    result = train(config, backbone, data)
-    print(runs.last_line(result.history, config, result.model, backbone, data))
-    return 3 if result.status == "diverged" else 0
-
-
 def parser(description: str) -> argparse.ArgumentParser:
     """The command line of one run, made from Config."""
     made = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
@@ -470,8 +467,20 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
+def run(argv: list[str] | None) -> int:
+    """One run from the command line; its exit code: 0 done, 3 diverged."""
+    config = resolve(Config(**vars(parser((__doc__ or "").split("\n")[0]).parse_args(argv))))
+    prepare_process()
+    backbone = load_backbone(config)
+    data = load(config.task, config.data_dir, **backbone.inputs)
+    print(report.first_line(config, data, backbone, method(config), whose_settings(config)))
+    result = train(config, backbone, data)
+    print(report.last_line(result.history, config, result.model, backbone, data))
+    return 3 if result.status == "diverged" else 0
+
+
 def main(argv: list[str] | None = None) -> int:
-    return exit_code(partial(run, argv), GOES_ON)
+    return exit_code(lambda: run(argv), GOES_ON)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial, reduce
 from itertools import zip_longest
 from operator import or_
@@ -29,7 +31,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from tqdm import tqdm
+
+from support.files import write
+from support.runs import BAR, WRITE, final_prefix, lines, use_bf16
 
 Rows = list[tuple[str, list[str]]]  # written texts, each with its references
 Over = Callable[[list[int]], float]  # a score over some rows
@@ -228,3 +234,34 @@ def score(
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             missing.append(f"{names} left out ({error}): {JAVA}")
     return scores, missing
+
+
+@torch.inference_mode()
+def write_texts(config: Any, model: Any, backbone: Any, data: Any) -> dict[str, float]:
+    """Write a text for every source of the test split, keep them in its order, score them."""
+    # Prompts of like length are written together; each text then goes back to its place.
+    prompts, pairs = zip(*data.prompts("test"), strict=True)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    writer = model.backbone or backbone
+    prefix_kv = final_prefix(config, model, backbone)  # (depth, 2, H, L, Dh)
+    outputs = [""] * len(pairs)
+    bar = tqdm(desc="test", total=len(pairs), unit="text", **BAR)
+    with torch.autocast(config.device, torch.bfloat16, enabled=use_bf16(config, backbone)):
+        for start in range(0, len(order), WRITE):
+            some = order[start : start + WRITE]
+            asked = [prompts[i] for i in some]
+            made = writer.generate(asked, prefix_kv, config.beams, **data.decoding)
+            for i, tokens in zip(some, made, strict=True):
+                outputs[i] = data.decode(tokens)
+            bar.update(len(made))
+    bar.close()
+
+    # Keep them, then score them.
+    rows = [asdict(pair) | {"output": output} for pair, output in zip(pairs, outputs, strict=True)]
+    write(Path(config.out) / "generated.jsonl", lines(rows))
+    text = "".join(" ".join(output.split()) + "\n" for output in outputs)
+    write(Path(config.out) / "generated.txt", text.encode())
+    scores, missing = score(outputs, pairs, config.task if config.task in RULES else "plain")
+    for sentence in missing:
+        tqdm.write(sentence, file=sys.stderr)
+    return scores

@@ -6,17 +6,20 @@ Two means that differ by less than two or three standard errors are not told apa
 
 import io
 import math
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import TABLEAU_COLORS
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from support import runs
 from support.files import write
 
 # What methods are called in tables and figures; the first three as in the paper.
@@ -437,3 +440,63 @@ def plan(rows: list[list], speed: str) -> str:
         for *start, runs, images, flops, hours in [*rows, ["together", None, None, None, *sums]]
     ]
     return f"{markdown(head, made)}\nhours: on one device, at {speed}; evaluation is included"
+
+
+# The lines that a run prints.
+
+
+def first_line(config: Any, data: Any, backbone: Any, method: str, whose: str) -> str:
+    """What a run prints before it starts: data, method, settings and whose they are, machine."""
+    sizes = ", ".join(f"{data.count(split):,} {split}" for split in ("train", "val", "test"))
+    length = f"L {config.length}, " if config.tune == "prefix" else ""
+    classes, base, normalisation = "", "", ""
+    if not data.text:
+        classes, base = f"{len(data.classes)} classes; ", "base "
+        normalisation = f"{backbone.normalisation}; "
+    epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs} epochs"
+    count = data.count(runs.training_split(config, data), config.fraction)
+    dtype = "bf16" if runs.use_bf16(config, backbone) else "fp32"
+    return (
+        f"{config.task}: {classes}{sizes} {data.unit}; "
+        f"{called(method)}, {length}{base}lr {config.lr:g}, weight decay {config.wd:g} ({whose}), "
+        f"batch {config.batch}, {epochs} of {count:,} {data.unit}; "
+        f"{normalisation}{config.device}, {dtype}"
+    )
+
+
+def summary(history: list[dict], data: Any) -> str:
+    """What a run came to, and on how many images or texts."""
+    last = history[-1]
+    if last.get("status") == "diverged":
+        return f"diverged in epoch {last['epoch']}: the loss is not finite"
+    for split in ("val", "test"):
+        if split in last:
+            return f"{split} accuracy {last[split]:.2f} % of {data.count(split):,} {data.unit}"
+    hidden = ("epoch", "loss", "val loss", "status")
+    scores = [f"{name} {value:.2f}" for name, value in last.items() if name not in hidden]
+    return f"{', '.join(scores)}; {len(data.splits['test']):,} test sources"
+
+
+def last_line(history: list[dict], config: Any, model: Any, backbone: Any, data: Any) -> str:
+    """What a run prints at its end: result, what was trained and remains, the next command."""
+    said = summary(history, data)
+    if history[-1].get("status") == "diverged":
+        return f"{said}; try a smaller --lr; {config.out}"
+
+    # The map that made the prefix is not needed any more.
+    trained, known = (sum(p.numel() for p in module.parameters()) for module in (model, backbone))
+    remain = []
+    if model.prefix is not None:
+        remain.append(f"{model.prefix_kv(backbone).numel():,} of prefix")
+    if model.head is not None:
+        remain.append(f"{sum(p.numel() for p in model.head.parameters()):,} of head")
+    sizes = f" beside a frozen backbone of {known:,}; {' and '.join(remain)} remain"
+    if model.backbone is not None:
+        sizes = f", the backbone's {known:,} among them"
+
+    # An input on which to try it.
+    example = "assets/digit.png" if config.task == "digits" else "photo.jpg"
+    if data.text:
+        example = shlex.quote(data.splits["test"][0].source[:200])
+    command = f"python -m extras.sample {shlex.quote(config.out)} {example}"
+    return f"{said}; trained {trained:,} parameters{sizes}; {config.out}; next: {command}"

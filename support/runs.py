@@ -1,4 +1,4 @@
-"""What surrounds a run: its folder on disk, what it prints, the process and the backbone it needs.
+"""What surrounds a run: its folder on disk, the process and the backbone it needs, its batches.
 
     config.json            the settings; a folder takes no run with others
     state.pt               after every epoch: all that `resume` needs; gone at the end
@@ -20,12 +20,10 @@ import hashlib
 import io
 import json
 import math
-import shlex
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,11 +39,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as pack
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from support import report
 from support.files import UsageError, write
-from support.metrics import RULES, score
 
 BAR = {  # of every progress bar: in a log, a line every 30 seconds
     "mininterval": 0.2 if sys.stderr and sys.stderr.isatty() else 30,
@@ -100,15 +95,22 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def resume(
-    out: Path, identity: dict, model: nn.Module, optimizer: torch.optim.Optimizer
+    out: Path,
+    identity: dict,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    listing: dict | None = None,
 ) -> list[dict]:
     """Bring model and optimizer to where the run in `out` stands; its metrics, [] for a new run.
 
-    identity: "config", "fingerprint" of the backbone, and digests of the "data". UsageError if the
-    folder holds a run with another identity, or files that do not fit or cannot be read.
+    identity: "config", "fingerprint" of the backbone, and digests of the "data". listing: of a
+    split that was made here, for split.json. UsageError if the folder holds a run with another
+    identity, or files that do not fit or cannot be read.
     """
     # A new run.
     if not any((out / name).exists() for name in KEPT):
+        if listing is not None:
+            write(out / "split.json", json.dumps(listing, indent=1).encode())
         write(out / "config.json", json.dumps(identity, indent=2).encode())
         return []
     try:
@@ -162,9 +164,10 @@ def finished(out: Path, model: nn.Module) -> list[dict]:
     path = out / "metrics.jsonl"
     if (out / "prefix.safetensors").exists():
         history = load(out, model)["history"]
-        if not path.exists() or path.read_bytes() != lines(history):
-            write(path, lines(history))  # a kill came between the two files
+        write(path, lines(history))  # a kill may have come between the two files
         return history
+
+    # A run that diverged has metrics alone.
     rows = [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
     if rows and rows[-1].get("status") != "diverged":
         raise ValueError("prefix.safetensors is missing")
@@ -177,12 +180,12 @@ def save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     history: list[dict],
-    heading: str = "",
+    curve: bytes = b"",
     prefix_kv: Tensor | None = None,
 ) -> None:
     """After an epoch: state.pt. At the end: what a user keeps, and state.pt goes.
 
-    metadata: what prefix.safetensors says of itself. heading: of the curve, if one is to be drawn.
+    metadata: what prefix.safetensors says of itself. curve: a picture, if there is to be one.
     prefix_kv: what a user needs of the prefix.
     """
     status = history[-1].get("status")
@@ -197,15 +200,17 @@ def save(
             kind = type(model.backbone).__name__.lower()
             sizes = {kind: json.dumps(model.backbone.sizes)}
             write(out / "backbone.safetensors", pack(model.backbone.state_dict(), sizes))
+
+        # The rest, and the keys and values (depth, 2, H, L, Dh) that the prefix makes.
         state = model.state_dict()
         state = {name: state[name] for name in state if not name.startswith("backbone.")}
         if prefix_kv is not None:
-            state["prefix_kv"] = prefix_kv.contiguous()  # (depth, 2, H, L, Dh)
+            state["prefix_kv"] = prefix_kv.contiguous()
         known = metadata | {"history": history}
         strings = {name: json.dumps(value) for name, value in known.items()}
         write(out / "prefix.safetensors", pack(state, strings))
-    if heading:
-        write(out / "curve.png", report.curve(history, heading))
+    if curve:
+        write(out / "curve.png", curve)
     write(out / "metrics.jsonl", lines(history))
 
     # The run is over. A kill may have left a part of a file.
@@ -251,7 +256,6 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
     with safe_open(path, "pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
         strings = file.metadata() or {}
-    strings.pop("sha256", None)  # of older versions
     return state, {name: json.loads(text) for name, text in strings.items()}
 
 
@@ -284,13 +288,12 @@ def read_prompts(path: str) -> Tensor:
         state = state.get("model", state)
         if any("prompt_proj." in name for name in state):
             raise ValueError("its prompts are projected from another width (VPT's PROJECT)")
-        last = {name.split(".")[-1]: value for name, value in state.items()}
-        names = ("shallow_prompt", "deep_prompt")
-        if "prompt_embeddings" in last:
-            names = ("prompt_embeddings", "deep_prompt_embeddings")
-        if not {*names} <= last.keys():
+        found = {name.split(".")[-1]: value for name, value in state.items()}
+        first = found.get("shallow_prompt", found.get("prompt_embeddings"))
+        others = found.get("deep_prompt", found.get("deep_prompt_embeddings"))
+        if first is None or others is None:
             raise ValueError("it lacks VPT-deep's prompts; those of VPT-shallow are no prefix")
-        return torch.cat([torch.as_tensor(last[name]).float() for name in names])
+        return torch.cat([torch.as_tensor(part).float() for part in (first, others)])
     except Exception as error:  # whatever a damaged or hostile file leads to
         raise UsageError(
             f"--start {path} cannot be used ({reason(error)}); give prompt_epN.pth or a state dict "
@@ -426,8 +429,14 @@ def check_settings(config: Any, text: bool) -> None:
         )
 
 
-def check_fit(config: Any, backbone: Any, data: Any, split: str) -> None:
+def training_split(config: Any, data: Any) -> str:
+    """The split that this run trains on: train, or trainval at the end of VTAB's protocol."""
+    return data.final if config.final else "train"
+
+
+def check_fit(config: Any, backbone: Any, data: Any) -> None:
     """UsageError, before anything starts, for a run that backbone and data do not allow."""
+    split = training_split(config, data)
     if data.count(split, config.fraction) < 1:
         raise UsageError(
             f"--fraction {config.fraction:g} leaves no image of {config.task}; take a larger one"
@@ -481,101 +490,3 @@ def final_prefix(config: Any, model: Any, backbone: Any) -> Tensor | None:
     """The prefix_kv (depth, 2, H, L, Dh) that evaluation uses, in its type; None without one."""
     with torch.autocast(config.device, torch.bfloat16, enabled=use_bf16(config, backbone)):
         return model.eval().prefix_kv(backbone)
-
-
-@torch.inference_mode()
-def write_texts(config: Any, model: Any, backbone: Any, data: Any) -> dict[str, float]:
-    """Write a text for every source of the test split, keep them in its order, score them."""
-    # Prompts of like length are written together; each text then goes back to its place.
-    prompts, pairs = zip(*data.prompts("test"), strict=True)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    writer = model.backbone or backbone
-    outputs = [""] * len(pairs)
-    bar = tqdm(desc="test", total=len(pairs), unit="text", **BAR)
-    with torch.autocast(config.device, torch.bfloat16, enabled=use_bf16(config, backbone)):
-        prefix_kv = model.eval().prefix_kv(backbone)  # (depth, 2, H, L, Dh)
-        for start in range(0, len(order), WRITE):
-            some = order[start : start + WRITE]
-            made = writer.generate(
-                [prompts[i] for i in some], prefix_kv, config.beams, **data.decoding
-            )
-            for i, tokens in zip(some, made, strict=True):
-                outputs[i] = data.decode(tokens)
-            bar.update(len(made))
-    bar.close()
-
-    # Keep them, then score them.
-    rows = [asdict(pair) | {"output": output} for pair, output in zip(pairs, outputs, strict=True)]
-    write(Path(config.out) / "generated.jsonl", lines(rows))
-    text = "".join(" ".join(output.split()) + "\n" for output in outputs)
-    write(Path(config.out) / "generated.txt", text.encode())
-    rules = config.task if config.task in RULES else "plain"
-    scores, missing = score(outputs, pairs, rules)
-    for sentence in missing:
-        tqdm.write(sentence, file=sys.stderr)
-    return scores
-
-
-# The lines that a run prints.
-
-
-def first_line(
-    config: Any, data: Any, backbone: Any, name: str, whose: str, count: int, dtype: str
-) -> str:
-    """What a run prints before it starts: data, method, settings and whose they are, machine."""
-    sizes = ", ".join(f"{data.count(split):,} {split}" for split in ("train", "val", "test"))
-    classes = "" if data.text else f"{len(data.classes)} classes; "
-    length = f"L {config.length}, " if config.tune == "prefix" else ""
-    base = "" if data.text else "base "
-    epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs} epochs"
-    normalisation = "" if data.text else f"{backbone.normalisation}; "
-    return (
-        f"{config.task}: {classes}{sizes} {data.unit}; "
-        f"{name}, {length}{base}lr {config.lr:g}, weight decay {config.wd:g} ({whose}), "
-        f"batch {config.batch}, {epochs} of {count:,} {data.unit}; "
-        f"{normalisation}{config.device}, {dtype}"
-    )
-
-
-def summary(history: list[dict], data: Any) -> str:
-    """What a run came to, and on how many images or texts."""
-    last = history[-1]
-    if last.get("status") == "diverged":
-        return f"diverged in epoch {last['epoch']}: the loss is not finite"
-    for split in ("val", "test"):
-        if split in last:
-            return f"{split} accuracy {last[split]:.2f} % of {data.count(split):,} {data.unit}"
-    hidden = ("epoch", "loss", "val loss", "status")
-    scores = [f"{name} {value:.2f}" for name, value in last.items() if name not in hidden]
-    return f"{', '.join(scores)}; {len(data.splits['test']):,} test sources"
-
-
-def last_line(history: list[dict], config: Any, model: Any, backbone: Any, data: Any) -> str:
-    """What a run prints at its end: result, what was trained and remains, the next command."""
-    if history[-1].get("status") == "diverged":
-        return f"{summary(history, data)}; try a smaller --lr; {config.out}"
-    sizes = f"trained {size(model):,} parameters"
-    if model.backbone is None:
-        sizes += f" beside a frozen backbone of {size(backbone):,}"
-    else:
-        sizes += f", the backbone's {size(backbone):,} among them"
-
-    # The map that made the prefix is not needed any more.
-    remain = []
-    if model.prefix is not None:
-        remain.append(f"{model.prefix_kv(backbone).numel():,} of prefix")
-    if model.head is not None:
-        remain.append(f"{size(model.head):,} of head")
-    if model.backbone is None:
-        sizes += f"; {' and '.join(remain)} remain"
-
-    # An input on which to try it.
-    example = "assets/digit.png" if config.task == "digits" else "photo.jpg"
-    if data.text:
-        example = shlex.quote(data.splits["test"][0].source[:200])
-    command = f"python -m extras.sample {shlex.quote(config.out)} {example}"
-    return f"{summary(history, data)}; {sizes}; {config.out}; next: {command}"
-
-
-def size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

@@ -16,7 +16,7 @@ from test_images import many
 
 import train as train_module
 from data import UsageError
-from support import runs
+from support import report
 from support.images import prepare
 from sweep import Worker
 from train import Config, main, resolve, train
@@ -83,7 +83,7 @@ def test_a_nan_in_one_batch_ends_its_run_as_diverged_and_no_other(
         patch.setattr(train_module, "image_loss", poisoned)
         result = train(config, frozen, digits16)
     assert result.history[-1] == {"epoch": 3, "status": "diverged"}
-    assert "diverged in epoch 3" in runs.summary(result.history, digits16)
+    assert "diverged in epoch 3" in report.summary(result.history, digits16)
     assert train(replace(config, out=str(tmp_path / "sound")), frozen, digits16).status == "done"
 
 

@@ -14,7 +14,7 @@ import torch
 from test_vit import prompts_as_tokens
 
 from data import load
-from extras.adapter import export
+from extras.adapter import export_peft
 from support.files import UsageError
 from support.runs import fingerprint, read_prompts
 from train import Config, load_backbone, main, resolve, train
@@ -189,7 +189,7 @@ def test_a_prefix_of_peft_starts_no_share_bit_for_bit(texts, tmp_path, capsys):
     settings = STILL | {"task": texts, "backbone": "scratch_gpt", "fraction": 1.0}
     gpt = load_backbone(Config(**settings))
     prefix_kv = torch.randn(gpt.n_layer, 2, gpt.n_head, L, gpt.dim // gpt.n_head)
-    export(prefix_kv, gpt, "gpt2", tmp_path / "adapter")
+    export_peft(prefix_kv, gpt, "gpt2", tmp_path / "adapter")
     config = Config(**settings, start=str(tmp_path / "adapter"), out=str(tmp_path / "run"))
     model = train(config, gpt, load(texts, **gpt.inputs)).model.eval()
     assert torch.equal(model.prefix_kv(gpt), prefix_kv)

@@ -470,10 +470,11 @@ def test_own_images_are_the_same_however_their_path_is_typed_and_other_when_they
 
 def test_the_head_computes_in_fp32_under_autocast(small_vit):
     model = TunedModel(resolve(Config(tune="linear")), small_vit, 200)
-    features = torch.randn(50, small_vit.dim)
+    pixels = torch.randint(0, 256, (50, 16, 16, 3), dtype=torch.uint8)
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model.logits(features)
-    assert torch.equal(logits, model.head(features))
+        logits = model.classify(small_vit, pixels, None)  # (B, C)
+        features = small_vit(small_vit.normalise(pixels))  # (B, D)
+    assert torch.equal(logits, model.head(features.float()))
     assert not torch.equal(logits.bfloat16().float(), logits)  # what rounding would lose
 
 
