@@ -52,7 +52,6 @@ from train import (
     resolve,
     train,
     train_step,
-    training_split,
     use_bf16,
 )
 from vit import ViT
@@ -257,7 +256,7 @@ class Worker:
             "settings": workers.settings(config),
             "stop": stop,
             "identity": self.identity(config),
-            "images": data.count(training_split(config, data), config.fraction),
+            "images": data.count(runs.training_split(config, data), config.fraction),
             "backbone": sum(p.numel() for p in backbone.parameters()),
         }
         try:

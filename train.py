@@ -19,8 +19,9 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,15 +34,7 @@ from prefix import SHARE, Prefix
 from support import report, runs
 from support.files import GOES_ON, Parser, add_options, exit_code, opt
 from support.metrics import write_texts
-from support.runs import (
-    BAR,
-    batches,
-    device,
-    open_backbone,
-    prepare_process,
-    training_split,
-    use_bf16,
-)
+from support.runs import BAR, batches, device, open_backbone, prepare_process, use_bf16
 from vit import ViT
 
 Backbone = ViT | GPT
@@ -54,34 +47,24 @@ class Config:
 
     task: str = opt("digits", "a name that `python data.py` lists, a folder of images or a .jsonl")
     tune: Literal["prefix", "linear", "full"] = opt("prefix", "a prefix, the head alone, or all")
-    share: Literal[SHARE] = opt(  # type: ignore[valid-type]
-        "none", "how a prefix key and value share parameters"
-    )
+    share: Literal[SHARE] = opt("none", "what key and value share")  # type: ignore[valid-type]
     shallow: bool = opt(False, "put the prefix in the first layer only")
     length: int = opt(None, "number of prefix vectors L (default: the task's)")
     lr: float = opt(None, "learning rate; images: times batch / 256 (default: the task's)")
     wd: float = opt(None, "weight decay, but for the head's bias (default: the task's)")
     epochs: int = opt(None, "passes over the training examples (default: the task's)")
     batch: int = opt(None, "images or texts per step (default: the task's)")
-    optimizer: Literal["auto", "sgd", "adamw"] = opt(
-        "auto", "auto: the task's; mostly sgd for images, adamw for text"
-    )
+    optimizer: Literal["auto", "sgd", "adamw"] = opt("auto", "images: mostly sgd; text: adamw")
     seed: int = opt(42, "decides initialisation, order, augmentation and dropout")
     fraction: float = opt(1.0, "share of the training examples, stratified, the same for all seeds")
-    final: bool = opt(
-        True, "test once at the end; --no-final: train on train alone, then look at val"
-    )
+    final: bool = opt(True, "test once at the end; --no-final: look at val, and do not train on it")
     beams: int = opt(5, "text: how many beams write the test set; 1 is greedy")
     backbone: str = opt(
         "auto",
         "auto (the task's), tiny, scratch (tiny, random), a timm name, a .npz or .safetensors; "
         "text: tiny_gpt, scratch_gpt, gpt2, gpt2-medium, gpt2-large, a folder of such a model",
     )
-    start: str = opt(
-        "",
-        "go on from trained prompts: VPT-deep's prompt_epN.pth or state dict (--share simple), or "
-        "the folder of a peft prefix (text, --share none)",
-    )
+    start: str = opt("", "a trained prefix to go on from: a file of VPT-deep, a folder of peft")
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to compute")
     dtype: Literal["auto", "fp32", "bf16"] = opt("auto", "of products and of the frozen weights")
     compile: bool = opt(None, "torch.compile the step (default: on CUDA)")
@@ -104,6 +87,7 @@ def train_step(
     """
     loss, correct = loss_of(model, backbone, bf16, *batch)
     loss.backward()
+    # Only what is trained has gradients.
     if clip is not None:
         nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
@@ -111,9 +95,7 @@ def train_step(
     return loss.detach(), correct
 
 
-def fit(  # noqa: C901, PLR0915  (one run, one story)
-    config: Config, backbone: Backbone, data: Data, stop: int | None
-) -> "Result":
+def fit(config: Config, backbone: Backbone, data: Data, stop: int | None) -> "Result":
     """The whole run, from the optimizer to the last checkpoint. `train` has checked everything."""
     # What is trained starts from the seed: a prefix and a head, a head alone, or everything.
     torch.manual_seed(config.seed)
@@ -126,7 +108,7 @@ def fit(  # noqa: C901, PLR0915  (one run, one story)
     clip = 1.0 if data.text else None
 
     # The schedule counts the steps of all epochs.
-    split = training_split(config, data)
+    split = runs.training_split(config, data)
     count = data.count(split, config.fraction)
     epoch_steps = math.ceil(count / config.batch)
     steps = config.epochs * epoch_steps
@@ -150,8 +132,7 @@ def fit(  # noqa: C901, PLR0915  (one run, one story)
     if config.compile and status == "running":
         bar.set_postfix_str("compiling the step, once")  # shown at once: it may take a minute
 
-    last_epoch = min(stop or config.epochs, config.epochs)
-    while len(history) < last_epoch and status == "running":
+    while len(history) < min(stop or config.epochs, config.epochs) and status == "running":
         # Dropout depends on seed and epoch alone: an epoch needs no state of those before it.
         epoch = len(history)
         torch.manual_seed(config.seed + 1_000_003 * (epoch + 1))
@@ -214,21 +195,16 @@ def fit(  # noqa: C901, PLR0915  (one run, one story)
         heading = f"{config.task}, {name}: {report.summary(history, data)}"
         curve = report.curve(history, heading) if config.final else b""
         runs.save(out, metadata, model, optimizer, history, curve, prefix_kv)
-    return Result(status, history, model)  # type: ignore[arg-type]
+    return Result(status, history[-1], history, model)  # type: ignore[arg-type]
 
 
-@dataclass
-class Result:
-    """What a run leaves: its status, a row of metrics per epoch, and what was trained."""
+class Result(NamedTuple):
+    """What a run leaves. metrics: the last row of history, which has a row per epoch."""
 
     status: Literal["running", "done", "diverged"]
+    metrics: dict
     history: list[dict]
     model: "TunedModel"
-
-    @property
-    def metrics(self) -> dict:
-        """The last row; at the end it has the accuracy on val or test, or the scores of texts."""
-        return self.history[-1]
 
 
 def train(config: Config, backbone: Backbone, data: Data, stop: int | None = None) -> Result:
@@ -251,17 +227,17 @@ class TunedModel(nn.Module):
         self.prefix: Any = None  # Prefix
         self.backbone: Any = None  # ViT or GPT
         self.head: Any = None  # nn.Linear
+        # Images: a map per layer. Text: one wide map for all layers, no dropout (Li & Liang).
         if config.tune == "prefix":
-            # Images: a map per layer. Text: one wide map for all layers, no dropout (Li & Liang).
-            for_text: dict = {"hidden": 512, "per_layer": False, "dropout": 0.0}
-            self.prefix = Prefix(
-                *(backbone.n_layer, backbone.n_head, backbone.dim, config.length, config.share),
-                shallow=config.shallow,
-                init_scale=backbone.prefix_init_scale,
-                **({} if classes else for_text),
-            )
+            sizes = (backbone.n_layer, backbone.n_head, backbone.dim, config.length, config.share)
+            form: dict = {"shallow": config.shallow, "init_scale": backbone.prefix_init_scale}
+            if not classes:
+                form |= {"hidden": 512, "per_layer": False, "dropout": 0.0}
+            self.prefix = Prefix(*sizes, **form)
+        # Full fine-tuning trains a copy: other runs use this backbone too.
         elif config.tune == "full":
             self.backbone = copy.deepcopy(backbone).requires_grad_(True)
+        # A GPT has its own head, the token table.
         if classes:
             self.head = nn.Linear(backbone.dim, classes)
             nn.init.kaiming_normal_(self.head.weight, mode="fan_out")
@@ -274,39 +250,33 @@ class TunedModel(nn.Module):
     def classify(self, backbone: ViT, pixels: Tensor, prefix_kv: Tensor | None) -> Tensor:
         """pixels (B, size, size, 3) uint8 -> logits (B, C) in fp32."""
         vit = self.backbone or backbone
-        features = vit(vit.normalise(pixels), prefix_kv)  # (B, D)
-        # The head computes in fp32 even under autocast: bf16 makes ties between classes.
+        return self.logits(vit(vit.normalise(pixels), prefix_kv))  # (B, C)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(B, D) -> (B, C), in fp32 even under autocast: bf16 makes ties between classes."""
         with torch.autocast(features.device.type, enabled=False):
-            return self.head(features.float())  # (B, C)
+            return self.head(features.float())
 
 
 def image_loss(
-    model: TunedModel,
-    backbone: ViT,
-    bf16: bool,
-    pixels: Tensor,
-    labels: Tensor,
-    prefix_kv: Tensor | None = None,
+    model: TunedModel, backbone: ViT, bf16: bool, *batch: Tensor, prefix_kv: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of B images, and how many the model got right. This is compiled."""
+    pixels, labels = batch  # (B, size, size, 3) uint8, (B,)
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
-        # While training, every image has its own prefix if there is dropout.
+        # In training the prefix is made anew: with dropout, one for every image.
         if prefix_kv is None:
             prefix_kv = model.prefix_kv(backbone, len(pixels))  # (depth, 2, [B,] H, L, Dh)
-        logits = model.classify(backbone, pixels, prefix_kv)  # (B, C)
+        vit = model.backbone or backbone
+        logits = model.logits(vit(vit.normalise(pixels), prefix_kv))  # (B, C)
     return F.cross_entropy(logits, labels), (logits.argmax(-1) == labels).sum()
 
 
 def text_loss(
-    model: TunedModel,
-    backbone: GPT,
-    bf16: bool,
-    tokens: Tensor,
-    target_positions: Tensor,
-    labels: Tensor,
-    prefix_kv: Tensor | None = None,
+    model: TunedModel, backbone: GPT, bf16: bool, *batch: Tensor, prefix_kv: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy summed over a text's targets, mean over B texts; and the number of targets."""
+    tokens, target_positions, labels = batch  # (B, T), 2 x (B, Q)
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16):
         if prefix_kv is None:
             prefix_kv = model.prefix_kv(backbone, len(tokens))  # (depth, 2, H, L, Dh)
@@ -325,23 +295,28 @@ def loss_function(config: Config, data: Data) -> Callable:
 
 def make_optimizer(config: Config, model: TunedModel) -> torch.optim.Optimizer:
     """SGD with momentum 0.9, or AdamW; weight decay on all (MLP biases too) but the head's bias."""
+    # Two groups, which differ in their weight decay.
     decayed = [p for name, p in model.named_parameters() if name != "head.bias"]
     groups = [{"params": decayed, "weight_decay": config.wd}]
     if model.head is not None:
         groups.append({"params": [model.head.bias], "weight_decay": 0.0})
+    # The learning rate is set before every step.
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=True)
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
 
 
 def learning_rate(config: Config, step: int, steps: int) -> float:
-    """Images: linear warm-up (usually over 10 %), then cosine decay to 0. Text: linear decay."""
+    """The learning rate of a step, counted over all epochs; `steps` is how many there are."""
+    # Text: a line down to 0.
     if find(config.task).text:
         return config.lr * (1 - step / steps)
+    # Images: a line up to the peak, which grows with the batch.
     peak = config.lr * config.batch / 256
     warmup = steps * default_settings(config).warmup / 100
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
+    # Then half a period of a cosine down to 0.
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
@@ -356,9 +331,9 @@ def evaluate(
 ) -> float:
     """Images: top-1 accuracy in % on centre crops. Text: mean loss of a target token, in nats.
 
-    NaN if a loss is. There is no dropout. prefix_kv: instead of the model's own, which is made once
-    for all batches.
+    NaN if a loss is. There is no dropout. prefix_kv: instead of the model's own.
     """
+    # The prefix is made once, for all batches.
     loss_of = loss_function(config, data)
     bf16 = use_bf16(config, backbone)
     if prefix_kv is None:
@@ -376,9 +351,7 @@ def evaluate(
     bar.close()
     if not loss_sum.isfinite():
         return math.nan
-    if data.text:
-        return loss_sum.item() / correct_sum.item()
-    return 100 * correct_sum.item() / count
+    return loss_sum.item() / correct_sum.item() if data.text else 100 * correct_sum.item() / count
 
 
 def default_settings(config: Config) -> Settings:
@@ -390,44 +363,30 @@ def default_settings(config: Config) -> Settings:
     return task.settings.get(method(config), task.usual)
 
 
-def whose_settings(config: Config) -> str:
-    """Whose length, learning rate and weight decay a resolved config has."""
-    if (config.length, config.lr, config.wd) != default_settings(config)[:3]:
-        return "yours"
-    # The paper's are for its own backbones; of the shipped ones it knows nothing.
-    task = find(config.task)
-    known = config.tune == "prefix" and method(config) in task.settings
-    if known and config.backbone == task.backbone not in ("tiny", "tiny_gpt"):
-        return "published"
-    return "the task's default"
-
-
 def method(config: Config) -> str:
     """The name under which settings and tables know a run: none, deep-shallow, ..., probe, full."""
-    if config.tune != "prefix":
-        return {"linear": "probe", "full": "full"}[config.tune]
-    return config.share + ("-shallow" if config.shallow else "")
+    if config.tune == "prefix":
+        return config.share + ("-shallow" if config.shallow else "")
+    return "probe" if config.tune == "linear" else "full"
 
 
 def resolve(config: Config) -> Config:
     """Fill in every None and "auto" but dtype. UsageError for a value that no run can have."""
+    # What the task has for this method, and what this machine has.
     task = find(config.task)
     where = device(config.device)
     usual = default_settings(config)
+
+    # Prompts that are there already have a length.
     length = usual.length
     if config.start and config.length is None:
         length = runs.read_prompts(config.start).shape[1]
-    defaults: dict[str, Any] = {
-        "length": length,
-        "lr": usual.lr,
-        "wd": usual.wd,
-        "epochs": task.epochs,
-        "batch": usual.batch or task.batch,
-        "backbone": task.backbone,
-        "optimizer": usual.optimizer or ("adamw" if task.text else "sgd"),
-        "device": where,
-        "compile": where == "cuda",
-    }
+    # AdamW for texts, SGD for images, unless the task says otherwise.
+    defaults: dict[str, Any] = {"length": length, "lr": usual.lr, "wd": usual.wd}
+    defaults |= {"optimizer": usual.optimizer or ("adamw" if task.text else "sgd")}
+    defaults |= {"epochs": task.epochs, "batch": usual.batch or task.batch}
+    defaults |= {"backbone": task.backbone, "device": where, "compile": where == "cuda"}
+    # Your own values win.
     for name, value in defaults.items():
         if getattr(config, name) in (None, "auto"):
             config = replace(config, **{name: value})
@@ -443,15 +402,16 @@ def resolve(config: Config) -> Config:
 
 
 def load_backbone(config: Config, pretrained: bool = True) -> Backbone:
-    """The frozen ViT or GPT, on its device and in the type it computes in.
+    """The frozen ViT or GPT, on its device, in the type it computes in. UsageError if none.
 
     pretrained: False gives random weights without a download, enough to measure its speed.
-    UsageError if it cannot be had.
     """
     config = resolve(config)
-    torch.manual_seed(config.seed)  # for a backbone from scratch
+    # The seed decides a backbone from scratch.
+    torch.manual_seed(config.seed)
     backbone = open_backbone(GPT if find(config.task).text else ViT, config.backbone, pretrained)
     backbone.fingerprint = runs.fingerprint(backbone)
+    # What is frozen needs no fp32 copy; what is trained does.
     backbone.to(config.device).requires_grad_(False)
     if use_bf16(config, backbone) and config.tune != "full":
         backbone.cast_frozen_weights()
@@ -469,18 +429,21 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def run(argv: list[str] | None) -> int:
     """One run from the command line; its exit code: 0 done, 3 diverged."""
+    # Settings: yours, and the task's for the rest.
     config = resolve(Config(**vars(parser((__doc__ or "").split("\n")[0]).parse_args(argv))))
     prepare_process()
+    # The backbone decides what the data look like: the size of images, the tokens of texts.
     backbone = load_backbone(config)
     data = load(config.task, config.data_dir, **backbone.inputs)
-    print(report.first_line(config, data, backbone, method(config), whose_settings(config)))
+    print(report.first_line(config, data, backbone, method(config), default_settings(config)))
+    # Train, or go on, or find that the run is over.
     result = train(config, backbone, data)
     print(report.last_line(result.history, config, result.model, backbone, data))
     return 3 if result.status == "diverged" else 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code(lambda: run(argv), GOES_ON)
+    return exit_code(partial(run, argv), GOES_ON)
 
 
 if __name__ == "__main__":

