@@ -1,6 +1,9 @@
 """adapter.py: peft and VPT compute with an exported prefix what we compute."""
 
+import gzip
+import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,15 +12,16 @@ import pytest
 import timm
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from data import load
 from extras.adapter import export_peft
-from extras.sample import export, load_run, main
+from extras.sample import Run, export, load_run, main
 from gpt import GPT, converted
 from prefix import SHARE, Prefix
 from support.files import UsageError
+from support.runs import read_weights
 from train import Config, load_backbone, train
 
 VOCAB, D, H, LAYERS, L = 97, 32, 4, 3, 5
@@ -81,27 +85,74 @@ def test_a_shallow_prefix_is_refused(pair, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_the_command_exports_a_text_run_and_refuses_what_has_no_such_prefix(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory) -> Path:
+    """A finished run on texts, Deep-share with L = 3."""
+    folder = tmp_path_factory.mktemp("text")
     rows = [{"source": f"name : {n}", "target": f"It is {n}."} for n in range(20)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run, new = tmp_path / "run", tmp_path / "adapter"
-    settings = {"task": str(tmp_path / "pairs.jsonl"), "backbone": "tiny_gpt", "epochs": 1}
-    config = Config(**settings, share="deep", length=3, final=False, out=str(run), device="cpu")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"task": str(folder / "pairs.jsonl"), "backbone": "tiny_gpt", "epochs": 1}
+    settings |= {"share": "deep", "length": 3, "final": False, "device": "cpu"}
+    config = Config(**settings, out=str(folder / "run"))
     backbone = load_backbone(config)
     train(config, backbone, load(config.task, **backbone.inputs))
-    assert main([str(run), "--export", str(new)]) == 0
+    return folder / "run"
+
+
+def test_the_command_exports_a_text_run_and_refuses_what_has_no_such_prefix(
+    text_run, tmp_path, capsys
+):
+    run, new = load_run(text_run), tmp_path / "adapter"
+    assert main([str(text_run), "--export", str(new)]) == 0
     assert json.loads((new / "adapter_config.json").read_text())["num_virtual_tokens"] == 3
     kept = load_file(new / "adapter_model.safetensors")["prompt_embeddings"]
-    back = kept.view(3, backbone.n_layer, 2, backbone.n_head, -1).permute(1, 2, 3, 0, 4)
-    assert torch.equal(back, load_run(run).prefix_kv)
-    assert [*load_run(run).generate("name : 3")] == load_run(run).generate(["name : 3"])
+    depth, n_head = run.backbone.n_layer, run.backbone.n_head
+    back = kept.view(3, depth, 2, n_head, -1).permute(1, 2, 3, 0, 4)
+    assert torch.equal(back, run.prefix_kv)
     with pytest.raises(UsageError, match="is a run on text"):
-        load_run(run).predict(["a.png"])
+        run.predict(["a.png"])
+    (tmp_path / "file").write_text("")
+    assert main([str(text_run), "--export", str(tmp_path / "file")]) == 2
+    assert "choose another folder" in capsys.readouterr().err
     with pytest.raises(UsageError, match="no prompts of VPT-deep"):
-        export(load_run(run), tmp_path / "prompt_ep1.pth")
-    without = replace(load_run(run), prefix_kv=None)
+        export(run, tmp_path / "prompt_ep1.pth")
     with pytest.raises(UsageError, match="has no prefix to export"):
-        export(without, new)
+        export(replace(run, prefix_kv=None), new)
+
+
+def test_a_prefix_for_texts_is_kept_as_it_is_and_writes_the_same_anew(text_run, tmp_path):
+    shutil.copytree(text_run, tmp_path / "run")
+    state, facts = read_weights(text_run / "prefix.safetensors")
+    baked = state.pop("prefix_kv")
+    strings = {name: json.dumps(value) for name, value in facts.items()}
+    save_file(state, tmp_path / "run" / "prefix.safetensors", strings)
+    older, run = load_run(tmp_path / "run"), load_run(text_run)
+    assert torch.equal(older.prefix_kv, baked)
+    assert torch.equal(run.prefix_kv, baked)
+    assert older.generate("name : 3", beams=1) == run.generate(["name : 3"], beams=1)
+
+
+def test_sources_are_read_as_training_reads_them(text_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Run, "write", lambda run, sources, beams: [([], [], s) for s in sources])
+    plain = "\ufeffname : 1\r\n\r\nname :\u20282 \n".encode()
+    rows = "".join(json.dumps({"source": source}) + "\r\n" for source in ("name : 1", "name :  2"))
+    for name, content in {
+        "a.txt": plain,
+        "b.TXT": plain,
+        "c.jsonl": rows.encode("utf-8-sig"),
+        "d.jsonl.gz": gzip.compress(rows.encode()),
+        "-": b"",
+    }.items():
+        monkeypatch.setattr("sys.stdin", io.StringIO(plain.decode()))
+        path = name if name == "-" else tmp_path / name
+        if name != "-":
+            path.write_bytes(content)
+        assert main([str(text_run), str(path), "--json"]) == 0
+        found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [(line["source"], line["text"]) for line in found] == [
+            ("name : 1", "name : 1"),
+            ("name : 2", "name : 2"),
+        ], name
 
 
 ARRAYS = [np.ndarray, np.dtype, type(np.dtype("f4")), np.zeros(0).__reduce__()[0]]
