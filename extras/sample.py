@@ -111,22 +111,18 @@ class Run:
             255, of any size. They are resized and cut as the run's own test images were.
         UsageError names the first image that cannot be read, and refuses a run on text.
         """
-        self.check_images()
         listed = [images] if isinstance(images, Picture) else images
         return self.probabilities([self.pixels(x, f"image {i}") for i, x in enumerate(listed)])
-
-    def check_images(self) -> None:
-        """UsageError if this run takes no images, or none that are files."""
-        if self.metadata.get("rule") is None:
-            kind = "images that were no files" if self.classes else "text"
-            raise UsageError(f"{self.folder} is a run on {kind}; it cannot read images")
 
     def pixels(self, image: Picture, name: str = "the image") -> Tensor:
         """An image as the model sees it: (size, size, 3) uint8. UsageError if it cannot be read.
 
         name: how the error calls an image that has no path.
         """
-        rule, size = self.metadata["rule"], self.backbone.image_size
+        rule = self.metadata.get("rule")
+        if rule is None:
+            kind = "images that were no files" if self.classes else "text"
+            raise UsageError(f"{self.folder} is a run on {kind}; it cannot read images")
         try:
             if isinstance(image, str | Path):
                 decoded = read_image(image, rule)  # (height, width, 3)
@@ -136,6 +132,7 @@ class Run:
         except Exception as error:  # of many kinds, if the image is damaged
             reason = error if isinstance(image, str | Path) else f"{name} is no image ({error})"
             raise UsageError(f"{reason}; give a whole one") from error
+        size = self.backbone.image_size
         out = np.empty((size, size, 3), np.uint8)
         crop(decoded, size, out, rng=None)
         return torch.from_numpy(out)
@@ -257,7 +254,6 @@ def readable(run: Run, paths: list[Path]) -> Iterator[tuple[Path, Tensor]]:
 
 def predict_all(run: Run, options: Options, inputs: list[str]) -> None:
     """Print a line per image: its likeliest classes."""
-    run.check_images()
     paths, seen, size = image_paths(inputs), 0, run.config.batch
     for start in tqdm(range(0, len(paths), size), "images", unit="batch", **QUIET):
         kept = list(readable(run, paths[start : start + size]))
@@ -265,14 +261,14 @@ def predict_all(run: Run, options: Options, inputs: list[str]) -> None:
         found = run.probabilities([pixels for _, pixels in kept])
         for (path, pixels), chances in zip(kept, found, strict=True):
             likely = dict(list(chances.items())[:TOP])
-            line = {"image": str(path), "classes": likely}
             text = ", ".join(f"{name} {100 * p:.1f} %" for name, p in likely.items())
+            figure = None
             if options.explain:
                 one = pixels[None].to(run.config.device)  # (1, size, size, 3)
                 with run.autocast():
                     figure = image_picture(run.backbone, one, run.prefix_kv, f"{path.name}: {text}")
-                line["picture"] = save(run, options, f"explain-{path.stem}", figure)
-            show(options, line, f"{path}: {text}")
+            line = {"image": str(path), "classes": likely}
+            show(run, options, line, f"{path}: {text}", f"explain-{path.stem}", figure)
     if not seen:
         raise UsageError("none of the images could be read; give JPEG or PNG files that are whole")
 
@@ -294,13 +290,13 @@ def write_all(run: Run, options: Options, inputs: list[str]) -> None:
     # Write the texts, and draw what share of attention the prefix had.
     words = encoding(run.backbone.encoding)
     for i, (prompt, tokens, text) in enumerate(run.write(sources, options.beams)):
-        line = {"source": one_line(sources[i]), "text": text}
+        figure = None
         if options.explain and tokens:
             parts = [words.decode([token]) for token in tokens]
             with run.autocast():
                 figure = text_picture(run.backbone, prompt, tokens, parts, run.prefix_kv, text)
-            line["picture"] = save(run, options, f"explain-{i}", figure)
-        show(options, line, text)
+        line = {"source": one_line(sources[i]), "text": text}
+        show(run, options, line, text, f"explain-{i}", figure)
 
 
 def accuracies(run: Run) -> dict[str, float]:
@@ -320,22 +316,18 @@ def accuracies(run: Run) -> dict[str, float]:
 
 def compare_experts(options: Options, found: list[Run]) -> None:
     """Draw the experts of all runs; print how accurate the image runs are with altered ones."""
+    rows = []
     for run in found:
-        if run.prefix_kv is None:
-            raise UsageError(f"{run.folder} has no prefix, so it has no experts to compare")
-    rows = [(called(method(run.config)), run.prefix_kv, untrained(run)) for run in found]
-    picture = save(found[0], options, "experts", experts_picture(rows))
-
-    # A line per run.
-    for run, (name, *_) in zip(found, rows, strict=True):
-        tested = {}
+        name, tested = called(method(run.config)), {}
+        rows.append((name, run.prefix_kv, untrained(run)))
         try:
             tested = accuracies(run) if run.classes else {}
         except UsageError as error:
             tqdm.write(f"no test accuracies of {run.folder}: {error}", file=sys.stderr)
-        line = {"run": str(run.folder), "method": name, "test accuracy": tested, "picture": picture}
+        line = {"run": str(run.folder), "method": name, "test accuracy": tested}
         values = ", ".join(f"{value:.2f} % {what}" for what, value in tested.items())
-        show(options, line, f"{name}, {run.folder}: {values or 'not tested'}")
+        show(run, options, line, f"{name}, {run.folder}: {values or 'not tested'}")
+    show(found[0], options, {}, f"{len(found)} runs", "experts", experts_picture(rows))
 
 
 def untrained(run: Run) -> Tensor:
@@ -356,27 +348,25 @@ def export(run: Run, target: Path) -> None:
         if target.suffix != ".pth":
             target /= f"prompt_ep{run.config.epochs}.pth"  # as VPT calls it
         export_vpt(run.model.prefix.p, target)
-    elif run.prefix_kv is None:
-        raise UsageError(f"{run.folder} has no prefix to export; train one with --tune prefix")
     else:
         export_peft(run.prefix_kv, run.backbone, run.config.backbone, target)
     print(f"{target} holds {called(method(run.config))} of {run.folder}")
 
 
-def save(run: Run, options: Options, name: str, figure: Figure) -> str:
-    """Write a picture under a name that is not taken yet: NAME.png, NAME-2.png, ..."""
-    folder, number = Path(options.out or run.folder), 1
-    path = folder / f"{name}.png"
-    while path.exists():
-        number += 1
-        path = folder / f"{name}-{number}.png"
-    write(path, png(figure))
-    return str(path)
-
-
-def show(options: Options, line: dict, text: str) -> None:
-    picture = f"; see {line['picture']}" if "picture" in line else ""
-    tqdm.write(json.dumps(line) if options.json else text + picture)
+def show(
+    run: Run, options: Options, line: dict, text: str, name: str = "", figure: Figure | None = None
+) -> None:
+    """Print a line. A picture gets a name that is not taken yet: NAME.png, NAME-2.png, ..."""
+    if figure is not None:
+        folder, number = Path(options.out or run.folder), 1
+        path = folder / f"{name}.png"
+        while path.exists():
+            number += 1
+            path = folder / f"{name}-{number}.png"
+        write(path, png(figure))
+        line["picture"] = str(path)
+        text += f"; see {path}"
+    tqdm.write(json.dumps(line) if options.json else text)
 
 
 def sample(argv: list[str] | None) -> None:
@@ -394,17 +384,19 @@ def sample(argv: list[str] | None) -> None:
     first, *inputs = given.pop("run")
     options = Options(**given)
 
-    # Load the run, or all that are compared, and do one thing with it.
-    run = load_run(first, options.backbone, options.device)
+    # Load the run, or all that are compared.
+    names = [first, *inputs] if options.experts else [first]
+    found = [load_run(name, options.backbone, options.device) for name in names]
+    for run in found:
+        if run.prefix_kv is None and (options.explain or options.experts or options.export):
+            raise UsageError(f"{run.folder} has no prefix to explain, compare or export")
+
+    # Do one thing with it.
+    run = found[0]
     if options.experts:
-        others = [load_run(name, options.backbone, options.device) for name in inputs]
-        compare_experts(options, [run, *others])
+        compare_experts(options, found)
     elif options.export:
         export(run, Path(options.export))
-    elif options.explain and run.prefix_kv is None:
-        raise UsageError(
-            f"{run.folder} has no prefix, so there is nothing to explain with and without it"
-        )
     elif run.classes:
         predict_all(run, options, inputs)
     else:

@@ -176,8 +176,8 @@ def test_pictures_are_drawn_for_images_and_for_experts(runs, pictures, tmp_path,
     )
     with Image.open(line["picture"]) as drawn:
         assert min(drawn.size) > 400
-    line, other = said(capsys, runs["deep"], runs["none"], "--experts", "--out", tmp_path)
-    assert line["picture"] == other["picture"]
+    *lines, line = said(capsys, runs["deep"], runs["none"], "--experts", "--out", tmp_path)
+    assert [each["method"] for each in lines] == ["Deep-share", "No-share"]
     with Image.open(line["picture"]) as drawn:
         assert min(drawn.size) > 400
     assert {path.name for path in tmp_path.iterdir()} == {"experts.png", "explain-0000-2.png"}
@@ -206,6 +206,7 @@ def test_the_effective_rank_counts_directions_and_cosines_compare_all_pairs():
         "no image": "is named; give images or folders",
         "no prefix to explain": "has no prefix",
         "no experts": "has no prefix",
+        "no prefix to export": "has no prefix",
         "unknown option": "--explian",
     }.items(),
 )
@@ -233,6 +234,7 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(
         "no image": [deep],
         "no prefix to explain": [str(runs["full"]), image, "--explain"],
         "no experts": [str(runs["full"]), "--experts"],
+        "no prefix to export": [str(runs["full"]), "--export", str(tmp_path / "new.pth")],
         "unknown option": [deep, image, "--explian"],
     }[case]
     assert main(words) == 2
@@ -349,7 +351,7 @@ def test_the_same_experts_in_another_order_and_a_mean_of_equal_experts_change_no
 def test_experts_are_tested_as_trained_and_altered_if_the_data_are_there(
     runs, tmp_path, capsys, monkeypatch
 ):
-    (run,) = said(capsys, runs["deep"], "--experts", "--out", tmp_path)
+    run, _ = said(capsys, runs["deep"], "--experts", "--out", tmp_path)
     metrics = json.loads((runs["deep"] / "metrics.jsonl").read_text().splitlines()[-1])
     assert run["test accuracy"]["as trained"] == metrics["test"]
     assert len(run["test accuracy"]) == 4
