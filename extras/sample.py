@@ -45,12 +45,11 @@ from support.files import Parser, UsageError, add_options, exit_code, opt, write
 from support.images import ENDINGS, crop, image_files, read_image, to_rgb
 from support.language import Pair, Template, Text, encoding, one_line, read_sources
 from support.report import called, png
-from support.runs import BAR, WRITE, open_backbone, use_bf16
+from support.runs import WRITE, open_backbone, use_bf16
 from train import Config, TunedModel, evaluate, method
 from vit import ViT
 
 TOP = 5  # classes that are printed
-QUIET = BAR | {"disable": None}  # no bar among the lines of a file or a pipe
 TEXT_FILES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 Picture = str | Path | Image.Image | np.ndarray
 
@@ -180,7 +179,7 @@ class Run:
             raise UsageError(f"--beams is {beams}; with this vocabulary it can be 1 to {most}")
 
         # Write a batch at a time.
-        for start in tqdm(range(0, len(prompts), WRITE), "texts", unit="batch", **QUIET):
+        for start in tqdm(range(0, len(prompts), WRITE), "texts", leave=False, disable=None):
             some = prompts[start : start + WRITE]
             with self.autocast():
                 made = self.backbone.generate(some, self.prefix_kv, beams, **text.decoding)
@@ -243,32 +242,28 @@ def image_paths(inputs: list[str]) -> list[Path]:
     return found
 
 
-def readable(run: Run, paths: list[Path]) -> Iterator[tuple[Path, Tensor]]:
-    """The images that can be read, (size, size, 3); what is wrong with the others is printed."""
-    for path in paths:
+def predict_all(run: Run, options: Options, inputs: list[str]) -> None:
+    """Print a line per image: its likeliest classes. What cannot be read is named and left out."""
+    seen = 0
+    for path in tqdm(image_paths(inputs), "images", leave=False, disable=None):
         try:
-            yield path, run.pixels(path)
+            pixels = run.pixels(path)  # (size, size, 3)
         except UsageError as error:
             tqdm.write(f"skipped: {error}", file=sys.stderr)
+            continue
+        seen += 1
+        (chances,) = run.probabilities([pixels])
+        likely = dict(list(chances.items())[:TOP])
+        text = ", ".join(f"{name} {100 * p:.1f} %" for name, p in likely.items())
 
-
-def predict_all(run: Run, options: Options, inputs: list[str]) -> None:
-    """Print a line per image: its likeliest classes."""
-    paths, seen, size = image_paths(inputs), 0, run.config.batch
-    for start in tqdm(range(0, len(paths), size), "images", unit="batch", **QUIET):
-        kept = list(readable(run, paths[start : start + size]))
-        seen += len(kept)
-        found = run.probabilities([pixels for _, pixels in kept])
-        for (path, pixels), chances in zip(kept, found, strict=True):
-            likely = dict(list(chances.items())[:TOP])
-            text = ", ".join(f"{name} {100 * p:.1f} %" for name, p in likely.items())
-            figure = None
-            if options.explain:
-                one = pixels[None].to(run.config.device)  # (1, size, size, 3)
-                with run.autocast():
-                    figure = image_picture(run.backbone, one, run.prefix_kv, f"{path.name}: {text}")
-            line = {"image": str(path), "classes": likely}
-            show(run, options, line, f"{path}: {text}", f"explain-{path.stem}", figure)
+        # Where CLS looks.
+        figure = None
+        if options.explain:
+            one = pixels[None].to(run.config.device)  # (1, size, size, 3)
+            with run.autocast():
+                figure = image_picture(run.backbone, one, run.prefix_kv, f"{path.name}: {text}")
+        line = {"image": str(path), "classes": likely}
+        show(run, options, line, f"{path}: {text}", f"explain-{path.stem}", figure)
     if not seen:
         raise UsageError("none of the images could be read; give JPEG or PNG files that are whole")
 
@@ -278,11 +273,11 @@ def write_all(run: Run, options: Options, inputs: list[str]) -> None:
 
     inputs: sources, files of them as training reads them, or - for standard input.
     """
-    sources = []
+    sources: list[str] = []
     for text in inputs:
         file = text == "-" or text.lower().endswith(TEXT_FILES)
-        sources += [source for source in (read_sources(text) if file else [text]) if source.strip()]
-    if not sources:
+        sources += read_sources(text) if file else [one_line(text)]
+    if not any(sources):
         raise UsageError(
             "no source is given; write it after the run, or name a file with one per line"
         )
@@ -295,7 +290,7 @@ def write_all(run: Run, options: Options, inputs: list[str]) -> None:
             parts = [words.decode([token]) for token in tokens]
             with run.autocast():
                 figure = text_picture(run.backbone, prompt, tokens, parts, run.prefix_kv, text)
-        line = {"source": one_line(sources[i]), "text": text}
+        line = {"source": sources[i], "text": text}
         show(run, options, line, text, f"explain-{i}", figure)
 
 
