@@ -122,6 +122,8 @@ class Run:
         if rule is None:
             kind = "images that were no files" if self.classes else "text"
             raise UsageError(f"{self.folder} is a run on {kind}; it cannot read images")
+
+        # Decode it, and resize it as the run's test images were.
         try:
             if isinstance(image, str | Path):
                 decoded = read_image(image, rule)  # (height, width, 3)
@@ -131,6 +133,8 @@ class Run:
         except Exception as error:  # of many kinds, if the image is damaged
             reason = error if isinstance(image, str | Path) else f"{name} is no image ({error})"
             raise UsageError(f"{reason}; give a whole one") from error
+
+        # Its middle.
         size = self.backbone.image_size
         out = np.empty((size, size, 3), np.uint8)
         crop(decoded, size, out, rng=None)
@@ -147,11 +151,11 @@ class Run:
         return found
 
     @torch.inference_mode()
-    def logits(self, pixels: Tensor, prefix_kv: Tensor | None = None) -> Tensor:
-        """pixels (B, size, size, 3) uint8 -> (B, C) in fp32, with this prefix or the run's own."""
-        prefix_kv = self.prefix_kv if prefix_kv is None else prefix_kv
+    def logits(self, pixels: Tensor) -> Tensor:
+        """pixels (B, size, size, 3) uint8 -> (B, C) in fp32, on the run's device."""
+        pixels = pixels.to(self.config.device)
         with self.autocast():
-            return self.model.classify(self.backbone, pixels.to(self.config.device), prefix_kv)
+            return self.model.classify(self.backbone, pixels, self.prefix_kv)
 
     def generate(self, sources: str | Sequence[str], beams: int = 5) -> list[str]:
         """A text for each source, written by beam search; beams: 1 is greedy.
@@ -166,6 +170,8 @@ class Run:
         """Per source: the tokens of its prompt, those that were written, and their text."""
         if self.classes:
             raise UsageError(f"{self.folder} is a run on images; give it images, not sources")
+
+        # The prompts. A reference is not needed, so it is empty.
         pairs = [Pair(one_line(source), [""]) for source in sources]
         template = Template(**self.metadata["template"])
         text = Text(self.config.task, self.backbone.encoding, template, {"test": pairs})
@@ -194,6 +200,7 @@ def load_run(folder: str | Path, backbone: str = "", device: str = "auto") -> Ru
     device: auto (the GPU if there is one), cpu or cuda.
     UsageError if it is no finished run, or its backbone is missing or has other weights.
     """
+    # Its settings, and what it must know of its data.
     folder = Path(folder)
     facts = runs.metadata(folder)
     try:
@@ -252,6 +259,8 @@ def predict_all(run: Run, options: Options, inputs: list[str]) -> None:
             tqdm.write(f"skipped: {error}", file=sys.stderr)
             continue
         seen += 1
+
+        # The likeliest classes.
         (chances,) = run.probabilities([pixels])
         likely = dict(list(chances.items())[:TOP])
         text = ", ".join(f"{name} {100 * p:.1f} %" for name, p in likely.items())
@@ -273,6 +282,7 @@ def write_all(run: Run, options: Options, inputs: list[str]) -> None:
 
     inputs: sources, files of them as training reads them, or - for standard input.
     """
+    # All sources.
     sources: list[str] = []
     for text in inputs:
         file = text == "-" or text.lower().endswith(TEXT_FILES)
@@ -301,6 +311,8 @@ def accuracies(run: Run) -> dict[str, float]:
         raise UsageError(
             f"the images of {name} are not in {folder}; get them: python data.py {name}"
         )
+
+    # Each prefix is judged as training judges its own.
     data = tasks.load(name, folder, **run.backbone.inputs)
     config = replace(run.config, compile=False)
     return {
@@ -313,8 +325,11 @@ def compare_experts(options: Options, found: list[Run]) -> None:
     """Draw the experts of all runs; print how accurate the image runs are with altered ones."""
     rows = []
     for run in found:
+        # Its experts, before and after training.
         name, tested = called(method(run.config)), {}
         rows.append((name, run.prefix_kv, untrained(run)))
+
+        # Its accuracies, if the test images are here.
         try:
             tested = accuracies(run) if run.classes else {}
         except UsageError as error:
@@ -326,7 +341,7 @@ def compare_experts(options: Options, found: list[Run]) -> None:
 
 
 def untrained(run: Run) -> Tensor:
-    """The prefix_kv (depth, 2, H, L, Dh) that the run started from, which its seed decides."""
+    """The prefix_kv (depth, 2, H, L, Dh) that the run's seed gives before any training."""
     torch.manual_seed(run.config.seed)
     model = TunedModel(run.config, run.backbone, len(run.classes)).to(run.config.device)
     return runs.final_prefix(run.config, model, run.backbone)
@@ -366,6 +381,7 @@ def show(
 
 def sample(argv: list[str] | None) -> None:
     """What the command line asks for. UsageError if it cannot be done."""
+    # The command line.
     parser = Parser(
         description=(__doc__ or "").split("\n")[0],
         allow_abbrev=False,
