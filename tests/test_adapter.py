@@ -21,7 +21,7 @@ from extras.sample import Run, export, load_run, main
 from gpt import GPT, converted
 from prefix import SHARE, Prefix
 from support.files import UsageError
-from support.runs import read_weights
+from support.runs import read_prompts, read_weights
 from train import Config, load_backbone, train
 
 VOCAB, D, H, LAYERS, L = 97, 32, 4, 3, 5
@@ -109,6 +109,7 @@ def test_the_command_exports_a_text_run_and_refuses_what_has_no_such_prefix(
     depth, n_head = run.backbone.n_layer, run.backbone.n_head
     back = kept.view(3, depth, 2, n_head, -1).permute(1, 2, 3, 0, 4)
     assert torch.equal(back, run.prefix_kv)
+    assert torch.equal(read_prompts(str(new)), kept[None])  # --start takes it back
     with pytest.raises(UsageError, match="is a run on text"):
         run.predict(["a.png"])
     (tmp_path / "file").write_text("")
@@ -188,6 +189,8 @@ def test_the_prompts_of_a_simple_share_run_are_vpts_file_and_make_its_keys_and_v
     vit.load_state_dict(backbone.state_dict())
     prompts = torch.from_numpy(np.concatenate([arrays["shallow_prompt"], arrays["deep_prompt"]]))
     run = load_run(config.out)
+    assert torch.equal(prompts, run.model.prefix.p)
+    assert torch.equal(read_prompts(str(written)), prompts)  # --start takes it back
     for block, prompt, expected in zip(vit.blocks, prompts, run.prefix_kv, strict=True):
         _, k, v = block.attn.qkv(block.norm1(prompt)).view(3, 3, 4, 8).permute(1, 2, 0, 3)
         torch.testing.assert_close(torch.stack([k, v]), expected, atol=1e-5, rtol=0)

@@ -231,7 +231,7 @@ def test_the_shares_of_prefix_and_tokens_sum_to_one_in_a_gpt_too(config):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     {
-        "--tune linear": "trains a classifier's head",
+        "--tune linear": "is for images, not for",
         "--backbone tiny": "no GPT 'tiny'",
         "--beams 0": "--beams is 0; it must be positive",
         "--task nowhere.jsonl": "no task 'nowhere.jsonl'",
