@@ -11,7 +11,7 @@ texts do: support/language.py.
 """
 
 import difflib
-import io
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -21,16 +21,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.datasets import FashionMNIST
+from torchvision.utils import save_image
 
 from support import benchmarks
-from support.benchmarks import SPLITS
 from support.corpora import TEXT_TASKS, Text, is_jsonl, load_jsonl
-from support.files import Parser, UsageError, exit_code, write
+from support.files import Parser, UsageError, exit_code
 from support.images import Dataset, Split, stratified
-from support.images import normalise as normalise  # for train, bench and sample
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -58,12 +56,17 @@ OFFICIAL = {
 }
 
 
+def settings(row: dict[str, str]) -> dict[str, Settings]:
+    """From the row of a table: each of its columns is a method, each cell "length,lr,wd"."""
+    return {method: Settings(*json.loads(f"[{cell}]")) for method, cell in row.items()}
+
+
 @dataclass(frozen=True)
 class Task:
     """One name that --task takes.
 
-    load: (root, image size or encoding) -> what a Dataset or Text holds. here: root -> whether its
-    images or texts are on this machine. settings: by method; usual: for a method without its own.
+    load(root, image size), or load(root) of texts: what a Dataset or Text is made of. here(root):
+    whether it is on this machine. settings: by method; usual: for a method that has none there.
     """
 
     # what it is
@@ -85,18 +88,18 @@ class Task:
 
 def resized(grey: np.ndarray, side: int) -> np.ndarray:
     """Grey images (n, h, w) uint8 as (n, side, side, 3)."""
-    images = []
-    for image in grey:
-        square = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
-        images.append(np.asarray(square))  # (side, side)
-    return np.stack(images)[..., None].repeat(3, axis=-1)
+    squares = [
+        np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
+        for image in grey
+    ]  # n x (side, side)
+    return np.stack(squares)[..., None].repeat(3, -1)
 
 
 def load_digits(root: Path, size: int) -> dict:
     """UCI handwritten digits, 1,797 of 8 x 8 in assets/, split in the style of VTAB-1K."""
     path = ASSETS / "digits.npz"
     try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw) as file:
             images, labels = file["images"], file["labels"]  # (1797, 8, 8) from 0 to 16, (1797,)
     except Exception as error:
         raise UsageError(
@@ -106,8 +109,8 @@ def load_digits(root: Path, size: int) -> dict:
     # from 0..16 to 0..255, then to the size that the model takes
     pixels = resized((images.astype(np.uint16) * 255 // 16).astype(np.uint8), size)
     # any stretch of a stratified order holds every class in its share
-    parts = np.split(stratified(labels, seed=0), (800, 1000))
-    splits = {split: Split.of(pixels[i], labels[i]) for split, i in zip(SPLITS, parts, strict=True)}
+    parts = zip(benchmarks.SPLITS, np.split(stratified(labels), (800, 1000)), strict=True)
+    splits = {split: Split.of(pixels[i], labels[i]) for split, i in parts}
     return {"classes": [str(i) for i in range(10)], "splits": splits, "resize": (size, size)}
 
 
@@ -116,10 +119,10 @@ def load_fashion_mnist(root: Path, size: int) -> dict:
     # torchvision downloads the files, checks them and reads them
     try:
         train, test = (FashionMNIST(root, part, download=True) for part in (True, False))
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+    except Exception as error:
         raise UsageError(
             f"Fashion-MNIST cannot be had ({error}); put its four files, unpacked, into "
-            f"{root / 'FashionMNIST' / 'raw'}, and delete what is damaged"
+            f"{root}/FashionMNIST/raw, and delete what is damaged"
         ) from error
 
     # with an eighth more on every side, a crop of size x size moves a garment by up to an eighth
@@ -130,7 +133,7 @@ def load_fashion_mnist(root: Path, size: int) -> dict:
 
     # the published training images become train and val
     images, labels = train.data.numpy(), train.targets.numpy()  # (60000, 28, 28), (60000,)
-    first, last = np.split(stratified(labels, seed=0), (54_000,))
+    first, last = np.split(stratified(labels), (54_000,))
     splits = {
         "train": split(images[first], labels[first]),
         "val": split(images[last], labels[last]),
@@ -139,46 +142,21 @@ def load_fashion_mnist(root: Path, size: int) -> dict:
     return {"classes": FashionMNIST.classes, "splits": splits}
 
 
-def fashion_mnist_here(root: Path) -> bool:
-    folder = root / "FashionMNIST" / "raw"
-    return all((folder / Path(name).stem).exists() for name, _ in FashionMNIST.resources)
-
-
-def fgvc(name: str) -> Task:
-    """A task of fine-grained classes: birds, flowers, dogs or cars."""
-    # the sizes and classes of VPT's splits, and the settings that the paper chose
-    source = benchmarks.FGVC[name]
-    rows = {split: benchmarks.SPLIT_FILES[f"{source.splits}/{split}"] for split in SPLITS}
-    published = zip(benchmarks.METHODS, benchmarks.PUBLISHED[name], strict=True)
-
-    # the images are here if those of the split are; nothing is downloaded to find out
-    def here(root: Path) -> bool:
-        splits = benchmarks.fgvc_splits(name, root, download=False)
-        return benchmarks.fgvc_images(name, root, splits) is not None
-
+def benchmark(name: str) -> Task:
+    """A task of FGVC (birds, flowers, dogs or cars) or of VTAB-1K (1,000 labelled images)."""
+    group, *numbers = benchmarks.TASKS[name].values()
+    classes, *sizes = map(int, numbers)
+    fgvc = group == "FGVC"
     return Task(
-        "FGVC",
-        partial(benchmarks.load_fgvc, name),
-        here,
-        classes=rows["train"][2],
-        sizes={split: images for split, (_, images, _) in rows.items()},
-        augment=True,
-        backbone=benchmarks.IN21K,
-        settings=OFFICIAL | {method: Settings(*row) for method, row in published},
-    )
-
-
-def vtab(name: str, group: str, classes: int, test: int) -> Task:
-    """A task of VTAB-1K: 1,000 labelled images."""
-    return Task(
-        f"VTAB-1K {group}",
-        partial(benchmarks.load_vtab, name, classes),
-        lambda root: benchmarks.vtab_images(name, root) is not None,
+        group if fgvc else f"VTAB-1K {group}",
+        partial(benchmarks.load_fgvc if fgvc else benchmarks.load_vtab, name),
+        partial(benchmarks.fgvc_here if fgvc else benchmarks.vtab_here, name),
         classes=classes,
-        sizes={"train": 800, "val": 200, "test": test},
-        final="trainval",
+        sizes=dict(zip(benchmarks.SPLITS, sizes, strict=True)),
+        augment=fgvc,
+        final="train" if fgvc else "trainval",
         backbone=benchmarks.IN21K,
-        settings=OFFICIAL,
+        settings=OFFICIAL | settings(benchmarks.PUBLISHED.get(name, {})),
     )
 
 
@@ -201,13 +179,10 @@ def language(name: str) -> Task:
 
 
 # Chosen on val by `python sweep.py --methods probe none simple deep full`.
-DIGITS_SETTINGS = {
-    "none": Settings(length=10, lr=5, wd=0),
-    "simple": Settings(length=10, lr=2.5, wd=1e-2),
-    "deep": Settings(length=10, lr=2.5, wd=1e-4),
-    "probe": Settings(length=10, lr=5, wd=0),
-    "full": Settings(length=10, lr=0.05, wd=0),
-}
+DIGITS = benchmarks.table("""
+task    none    simple       deep         probe   full
+digits  10,5,0  10,2.5,1e-2  10,2.5,1e-4  10,5,0  10,0.05,0
+""")
 TASKS: dict[str, Task] = {
     # small ones, for the small backbone in assets/
     "digits": Task(
@@ -216,22 +191,18 @@ TASKS: dict[str, Task] = {
         sizes={"train": 800, "val": 200, "test": 797},
         final="trainval",
         epochs=15,
-        settings=DIGITS_SETTINGS,
+        settings=settings(DIGITS["digits"]),
     ),
     "fashion_mnist": Task(
         "demo",
         load_fashion_mnist,
-        fashion_mnist_here,
+        # the last of its four files
+        lambda root: (root / "FashionMNIST/raw/t10k-labels-idx1-ubyte").exists(),
         sizes={"train": 54_000, "val": 6_000, "test": 10_000},
         augment=True,
     ),
     # the paper's image tasks: FGVC has published settings, VTAB-1K's are found by sweep.py
-    **{name: fgvc(name) for name in benchmarks.FGVC},
-    **{
-        name: vtab(name, group, classes, test)
-        for group, rows in benchmarks.VTAB_TASKS.items()
-        for name, (classes, test) in rows.items()
-    },
+    **{name: benchmark(name) for name in benchmarks.TASKS},
     # its text tasks, and two small ones that are made here
     **{name: language(name) for name in TEXT_TASKS},
 }
@@ -285,7 +256,7 @@ def load(
     image_size: what a ViT takes. encoding: what a GPT takes, "gpt2" or "bytes"; "" is the task's
     own. UsageError says what you can do.
     """
-    task, root = find(name), data_dir(root)
+    task, root = find(name), folder_for_data(root)
 
     # texts: pairs of source and target, as tokens of this encoding
     if task.text:
@@ -297,106 +268,94 @@ def load(
     return Dataset(title(name), size=image_size, augment=task.augment, final=task.final, **images)
 
 
-def data_dir(root: str | Path) -> Path:
+def folder_for_data(root: str | Path) -> Path:
     """The folder for data sets. UsageError if it is a file."""
-    if Path(root).exists() and not Path(root).is_dir():
+    root = Path(root)
+    if root.exists() and not root.is_dir():
         raise UsageError(
             f"--data-dir {root} is a file; name a folder, which is made if it is missing"
         )
-    return Path(root)
+    return root
 
 
-def table(root: Path) -> str:
-    """One line per task: name, group, classes, split sizes, and where its images are."""
-    lines = [f"{'task':<22}{'group':<22}{'classes':>7}{'train':>8}{'val':>7}{'test':>8}  images"]
+def list_tasks(root: Path) -> None:
+    """Print a line per task: name, group, classes, sizes of the splits, and where its data are."""
+    print(f"{'task':<22}{'group':<22}{'classes':>7}{'train':>8}{'val':>7}{'test':>8}  data")
     for name, task in TASKS.items():
         # what is on this machine, and what has to be done about the rest
-        state = "downloaded at first use"
-        if name in benchmarks.FGVC:
-            state = benchmarks.FGVC[name].manual or state
-        if task.here(root):
-            state = "ready"
+        state = "ready"
+        if not task.here(root):
+            state = benchmarks.MANUAL.get(name, "downloaded at first use")
         # the row of the table
         train, val, test = task.sizes.values()
         sizes = f"{task.classes:>7}{train:>8,}{val:>7,}{test:>8,}"
-        lines.append(f"{name:<22}{task.group:<22}{sizes}  {state}")
-    return "\n".join(lines)
+        print(f"{name:<22}{task.group:<22}{sizes}  {state}")
 
 
-def describe(data: Dataset | Text) -> str:
-    """How much is in each split; of texts also the first three pairs."""
+def describe(data: Dataset | Text) -> None:
+    """Print how much is in each split; of texts also the first three pairs."""
     # texts: a source may have several targets
     if data.text:
-        counts = [
-            f"{name} {len(split):,} sources, {data.count(name):,} texts"
-            for name, split in data.splits.items()
-        ]
-        pairs = [f"{p.source} -> {p.references[0]}" for p in data.splits["train"][:3]]
-        return "\n  ".join([f"{data.task}: {'; '.join(counts)}", *pairs])
+        print(f"{data.task}: texts")
+        for name, pairs in data.splits.items():
+            print(f"  {name:<6}{len(pairs):>7,} sources, {data.count(name):,} texts")
+        for pair in data.splits["train"][:3]:
+            print(f"  {pair.source} -> {pair.references[0]}")
+        return
 
     # images: a class that is rare in a split shows here
-    lines = [f"{data.task}: {len(data.classes)} classes, for a model of {data.size} x {data.size}"]
+    print(f"{data.task}: {len(data.classes)} classes, for a model of {data.size} x {data.size}")
     for name, split in data.splits.items():
         per_class = np.bincount(split.labels, minlength=len(data.classes))
-        span = f"{per_class.min()} to {per_class.max()} per class"
-        megabytes = split.pixels.nbytes / 1e6
-        lines.append(f"  {name:<6}{len(split):>7,} images, {span}, {megabytes:,.1f} MB of pixels")
-    return "\n".join(lines)
+        print(
+            f"  {name:<6}{len(split):>7,} images, {per_class.min()} to {per_class.max()} per class"
+            f", {split.pixels.nbytes / 1e6:,.1f} MB of pixels"
+        )
 
 
-def contact_sheet(data: Dataset) -> bytes:
-    """A PNG of 64 training images with their classes."""
-    split, figure = data.splits["train"], Figure(figsize=(16, 18), layout="constrained")
-    panels = figure.subplots(8, 8).flatten()
-    for axes, i in zip(panels, stratified(split.labels, seed=0), strict=False):
-        axes.imshow(split.image(i))
-        # the name of a folder may be in an encoding that no font has
-        name = data.classes[split.labels[i]].encode(errors="replace").decode()
-        axes.set_title(name[:24], fontsize=8, parse_math=False)
-    # a split may have fewer than 64: those panels stay empty
-    for axes in panels:
-        axes.axis("off")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=80)
-    return buffer.getvalue()
+def draw(data: Dataset, path: Path) -> None:
+    """A picture of 64 training images, as the model gets them and in the order of their classes."""
+    # a share of train is stratified
+    examples = data.examples("train", min(1.0, 64 / data.count("train")))
+    examples.sort(key=lambda example: example[1])  # by label
+    pixels, _ = data.gather(examples, rng=None)  # (64, size, size, 3)
+    save_image(pixels.permute(0, 3, 1, 2) / 255, path)
 
 
-def show(name: str | None, root: Path, size: int | None) -> None:
-    """What `python data.py` prints; of a task of images, also a contact sheet."""
+def show(task: str | None, data_dir: Path, size: int | None) -> None:
+    """What `python data.py` prints; of a task of images, also a picture."""
     # without a task: the list of all
-    if name is None:
-        print(table(data_dir(root)))
+    if task is None:
+        list_tasks(folder_for_data(data_dir))
         return
 
     # the size that training uses decides what is decoded, and how much
     if size is None:
-        size = 32 if find(name).backbone == "tiny" else 224
+        size = 32 if find(task).backbone == "tiny" else 224
     if size < 1:
         raise UsageError(f"--size is {size}; it must be positive")
 
     # read it, which downloads and decodes what is not here yet
-    data = load(name, root, size)
-    print(describe(data))
+    data = load(task, data_dir, size)
+    describe(data)
     if not data.text:
-        sheet = root / f"{title(name)}.png"
-        root.mkdir(parents=True, exist_ok=True)
-        write(sheet, contact_sheet(data))
-        print(f"  64 of the training images: {sheet}")
+        data_dir.mkdir(parents=True, exist_ok=True)
+        path = data_dir / f"{data.task}.png"
+        draw(data, path)
+        print(f"  64 of the training images, by class: {path}")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description="List the tasks, or get one ready.", allow_abbrev=False)
     parser.add_argument(
-        "name",
-        metavar="task",
+        "task",
         nargs="?",
         help="a task, a folder of images or a .jsonl file of texts; without it: the list",
     )
     parser.add_argument(
         "--data-dir",
-        dest="root",
         type=Path,
-        default=Path("data"),
+        default="data",
         help="where data sets are kept (default: data)",
     )
     parser.add_argument(

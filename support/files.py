@@ -7,26 +7,22 @@
 """
 
 import argparse
-import errno
 import hashlib
-import io
 import os
 import shutil
 import signal
-import stat
 import sys
 import tarfile
-import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import field, fields
 from http.client import HTTPException
 from pathlib import Path, PurePath
 from ssl import SSLError
-from typing import IO, Any, Literal, NoReturn, get_args, get_origin
-from urllib.error import HTTPError, URLError
+from typing import Any, BinaryIO, Literal, NoReturn, get_args, get_origin
+from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import torch
@@ -75,17 +71,26 @@ def exit_code(work: Callable[[], int | None], stopped: str = "stopped") -> int:
     and keeps its traceback.
     """
     open_streams()
-    with ctrl_c_noted() as pressed:
-        try:
-            code, sentence = work() or 0, ""
-            sys.stdout.flush()  # now, while an error can still be reported
-        except BaseException as error:  # noqa: BLE001  `explain` raises again what is no mistake
-            if pressed or isinstance(error, KeyboardInterrupt):
-                code, sentence = 130, stopped + "\n"
-            elif isinstance(error, BrokenPipeError):
-                code, sentence = 141, ""
-            else:
-                code, sentence = 2, f"error: {' '.join(explain(error).split())}\n"
+    pressed: list[int] = []
+
+    def interrupt(signum: int, frame: object) -> NoReturn:
+        pressed.append(signum)  # a library may turn the exception into one of its own
+        raise KeyboardInterrupt
+
+    # A command in the background ignores Ctrl-C, and goes on doing so.
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        code, sentence = work() or 0, ""
+        sys.stdout.flush()  # now, while an error can still be reported
+    except BaseException as error:  # noqa: BLE001  `explain` raises again what is no mistake
+        if pressed or isinstance(error, KeyboardInterrupt):
+            code, sentence = 130, f"{stopped}\n"
+        elif isinstance(error, BrokenPipeError):
+            code, sentence = 141, ""
+        else:
+            code, sentence = 2, f"error: {' '.join(explain(error).split())}\n"
+
     # Python flushes once more as it ends, so a stream that fails now is pointed to nowhere.
     for stream, text in ((sys.stdout, ""), (sys.stderr, sentence)):
         try:
@@ -98,39 +103,18 @@ def exit_code(work: Callable[[], int | None], stopped: str = "stopped") -> int:
 def open_streams() -> None:
     """Escape what a terminal cannot show; send to nowhere what is written to a closed stream."""
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
+        if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  open until the process ends
-        elif isinstance(stream, io.TextIOWrapper):
-            with suppress(OSError):  # a file that became a pipe cannot seek
-                stream.reconfigure(errors="backslashreplace")
-
-
-@contextmanager
-def ctrl_c_noted() -> Iterator[list[int]]:
-    """A list that is no longer empty once Ctrl-C was pressed, whatever a library made of it."""
-    pressed: list[int] = []
-
-    def interrupt(signum: int, frame: object) -> NoReturn:
-        pressed.append(signum)
-        raise KeyboardInterrupt
-
-    main = threading.current_thread() is threading.main_thread()
-    listens = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if listens:
-        signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield pressed
-    finally:
-        if listens:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        # The stream of a notebook has no such method; a file that became a pipe cannot seek.
+        with suppress(AttributeError, OSError):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def explain(error: BaseException) -> str:
     """What to tell the user. Raises the error again if it is no mistake of theirs."""
     if isinstance(error, UsageError | OSError):
         return str(error)
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = str(error).partition("\n")[0] or type(error).__name__
     # PyTorch has an error class of its own for a GPU's memory, but none for a CPU's.
     no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if no_memory or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
@@ -202,21 +186,10 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def need(size: int, folder: Path) -> None:
-    """OSError, as the disk would raise it later, if `folder` has not `size` bytes left."""
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise OSError(
-            errno.ENOSPC, f"it needs {size / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB left"
-        )
-
-
 # Downloads
 
 PAUSE, TRIES = 1.0, 5  # seconds before a second try, doubled for each further one; tries in vain
 NETWORK = (URLError, HTTPException, ConnectionError, TimeoutError, SSLError)  # not the disk's
-BUSY = (408, 416, 429, 500, 502, 503, 504)  # answers after which it is worth asking again
-BYTES = {"unit": "B", "unit_scale": True, "delay": 2}
 
 
 def digest(path: Path, kind: str) -> str:
@@ -264,7 +237,7 @@ def fetch(urls: Sequence[str], path: Path, checksum: str | None) -> Path:
             except NETWORK as error:
                 reasons.append(f"{url}: {error}")
             except UsageError as error:
-                partial.unlink(missing_ok=True)  # the next source starts from its first byte
+                partial.unlink()  # the next source starts from its first byte
                 reasons.append(f"{url}: {error}")
         raise UsageError(
             f"{path.name} cannot be downloaded ({'; '.join(reasons)}); "
@@ -279,46 +252,48 @@ def fetch(urls: Sequence[str], path: Path, checksum: str | None) -> Path:
 def download(url: str, partial: Path) -> None:
     """Fill `partial` until it is whole. NETWORK errors if the server gives nothing (more)."""
     tries, started = 0, False
-    while True:
-        before = partial.stat().st_size if partial.exists() else 0
-        try:
-            return receive(url, partial, before)
-        except NETWORK as error:
-            # Go on where bytes have come, ask a busy server again; without a network stop at once.
-            arrived = partial.exists() and partial.stat().st_size > before
-            started = started or arrived
-            tries = 0 if arrived else tries + 1
-            if tries == TRIES or not (started or getattr(error, "code", 0) in BUSY):
-                raise
-            time.sleep(PAUSE * 2**tries)
+    with partial.open("ab") as file:
+        while True:
+            before = file.tell()
+            try:
+                return receive(url, file)
+            except NETWORK as error:
+                # 416: nothing comes after what is here, and the checksum says whether it is whole.
+                code = getattr(error, "code", 0)
+                if code == 416:
+                    return
+                # Go on where bytes came, ask a busy server again; without a network stop at once.
+                arrived = file.tell() > before
+                started = started or arrived
+                tries = 0 if arrived else tries + 1
+                busy = code >= 500 or code in (408, 429)
+                if tries == TRIES or not (started or busy):
+                    raise
+                time.sleep(PAUSE * 2**tries)
 
 
-def receive(url: str, partial: Path, start: int) -> None:
-    """One connection: append to `partial` what comes after its first `start` bytes."""
-    headers = {"User-Agent": "Mozilla/5.0"} | ({"Range": f"bytes={start}-"} if start else {})
-    try:
-        answer = urlopen(Request(url, headers=headers), timeout=30)
-    except HTTPError as error:
-        if error.code == 416:  # nothing comes after `start`: begin anew
-            partial.unlink()
-        raise
-    with answer:
-        start = start if answer.status == 206 else 0  # 200: this server always sends everything
-        length = answer.headers.get("Content-Length")
-        total = start + int(length) if length else None
-        need(int(length or 0), partial.parent)
-        bar = tqdm(desc=url.split("/")[-1], total=total, initial=start, **BYTES)
-        with partial.open("ab" if start else "wb") as file, bar:
-            while block := answer.read(1 << 18):
-                file.write(block)
-                bar.update(len(block))
-    if total is not None and partial.stat().st_size != total:
-        raise ConnectionError(f"cut off after {partial.stat().st_size} of {total} bytes")
+def receive(url: str, file: BinaryIO) -> None:
+    """One connection: append to the file what comes after the bytes that it has."""
+    start = file.tell()
+    request = Request(url, headers={"User-Agent": "Mozilla/5.0"})
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+    with urlopen(request, timeout=30) as answer:
+        # 200 instead of 206: this server always sends everything
+        if answer.status != 206:
+            start = 0
+            file.seek(0)
+            file.truncate()
+
+        length = int(answer.headers.get("Content-Length", 0))  # a server need not say it
+        name, total = url.split("/")[-1], start + length
+        with tqdm.wrapattr(file, "write", total, desc=name, initial=start, delay=2) as out:
+            shutil.copyfileobj(answer, out)
+    if length and file.tell() < total:
+        raise ConnectionError(f"cut off after {file.tell()} of {total} bytes")
 
 
 # Archives
-
-RATIO = 100  # no archive of pictures or texts holds more than so many times its own size
 
 
 def obtain(folder: Path, archive: Path, urls: Sequence[str], checksum: str | None) -> Path:
@@ -344,44 +319,23 @@ def obtain(folder: Path, archive: Path, urls: Sequence[str], checksum: str | Non
     return folder
 
 
-def inside(name: str) -> bool:
-    """Whether a path that somebody else wrote stays below the folder that it is relative to."""
-    return not PurePath(name).anchor and ".." not in PurePath(name).parts
-
-
 def unpack(archive: Path, folder: Path) -> None:
-    """Copy every file of an archive into `folder`. UsageError for links, devices and bombs."""
-    advice, total = "do not use this archive", 0
-    members = zip_members if zipfile.is_zipfile(archive) else tar_members
+    """Unpack a zip or tar file. UsageError if a tar file holds more than files inside itself."""
     bar = {"desc": f"unpacking {archive.name}", "unit": "file", "delay": 2}
-    for name, size, plain, content in tqdm(members(archive), **bar):
-        total += size + tarfile.BLOCKSIZE  # an empty file is not nothing
-        if not (plain and inside(name)):
-            raise UsageError(f"{archive} holds '{name}', which is no file inside it; {advice}")
-        if total > RATIO * archive.stat().st_size:
-            raise UsageError(f"{archive} unpacks to more than {RATIO} times its size; {advice}")
-        if content is not None:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with content, (folder / name).open("wb") as file:
-                shutil.copyfileobj(content, file)
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as file:
+            file.extractall(folder, tqdm(file.namelist(), **bar))  # never leaves its folder
+        return
 
-
-Member = tuple[str, int, bool, IO[bytes] | None]  # name, size, is a plain file or folder, content
-
-
-def tar_members(archive: Path) -> Iterator[Member]:
+    # tarfile can leave it: its filter against that is missing in Python 3.10.0
     with tarfile.open(archive, mode="r|*") as tar:
-        for m in tar:
-            yield (
-                m.name,
-                m.size,
-                m.isfile() or m.isdir(),
-                tar.extractfile(m) if m.isfile() else None,
-            )
-
-
-def zip_members(archive: Path) -> Iterator[Member]:
-    with zipfile.ZipFile(archive) as file:
-        for m in file.infolist():
-            plain = stat.S_IFMT(m.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
-            yield m.filename, m.file_size, plain, None if m.is_dir() else file.open(m)
+        for member in tqdm(tar, **bar):
+            name = PurePath(member.name)
+            if name.anchor or ".." in name.parts or not (member.isfile() or member.isdir()):
+                raise UsageError(
+                    f"{archive} holds '{name}', which is no file inside it; do not use this archive"
+                )
+            content = tar.extractfile(member)  # None of a folder
+            if content:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(content.read())

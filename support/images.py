@@ -5,20 +5,18 @@ same pixels in every epoch. So `prepare` does it once, in parallel, into one fil
 
     uint8 pixels of all images, one after another | index (n, 4) int64 | sha256, 32 bytes
 
-The file is mapped, not read: memory holds what a batch touches, however large the file. The sha256
-covers the names of the images and all before it. It is checked when the file is opened, and it is
-the identity of the split: two folders with the same names, labels and pixels are the same data.
+The file is mapped, not read, so it may be larger than memory: the system keeps what was touched
+only as long as there is room. The sha256 covers the names of the images and all before it. It is
+checked when the file is opened, and it is the identity of the split: two folders with the same
+names, labels and pixels are the same data.
 
 Shapes: B images; pixels are (height, width, 3) uint8 on disk and (B, size, size, 3) in batches.
 """
 
-import contextlib
 import hashlib
 import json
-import mmap
 import os
-import stat
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,10 +30,8 @@ from torch import Tensor
 from torchvision.transforms import Resize
 from tqdm import tqdm
 
-from support.files import UsageError, build_once, inside
+from support.files import UsageError, build_once
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-MOST = 89_478_485  # pixels of one image, before and after resizing: Pillow's own limit
 # The endings of images that Pillow reads, and what operating systems leave among them.
 ENDINGS = {
     *(".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg"),
@@ -43,7 +39,6 @@ ENDINGS = {
 }
 LEFT_BEHIND = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found", "Thumbs.db", "desktop.ini"}
 NAMED = 10  # so many broken images are named at once
-BLOCK = 1 << 24  # bytes that are hashed at once
 VERSION = "sha256, 16 bits scaled"  # of the cached pixels: files of another version are not used
 Side = int | tuple[int, int]  # how an image is resized: its short side, or (height, width)
 Files = list[tuple[str, int]]  # path below a folder, label
@@ -51,12 +46,11 @@ Random = np.random.Generator | None
 
 
 class BrokenImages(UsageError):
-    """Images that are missing or damaged, named together."""
+    """Images that are missing or damaged: a sentence of each in `args`, named together."""
 
-    def __init__(self, faults: list[str]):
-        first = f" (the first {NAMED})" if len(faults) > NAMED else ""
-        super().__init__(f"{'; '.join(faults[:NAMED])}{first}; put whole copies in their place")
-        self.faults = faults
+    def __str__(self) -> str:
+        first = f" (the first {NAMED})" if len(self.args) > NAMED else ""
+        return f"{'; '.join(self.args[:NAMED])}{first}; put whole copies in their place"
 
 
 @dataclass
@@ -66,7 +60,6 @@ class Split:
     pixels: np.ndarray  # (bytes,) uint8
     index: np.ndarray  # (n, 4) int64: offset, height, width, label
     digest: str = ""  # of names, pixels and labels
-    mapping: mmap.mmap | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -93,20 +86,19 @@ class Split:
     @classmethod
     def open(cls, path: Path, files: Files) -> "Split":
         """What `decode` wrote, mapped. UsageError if it is not whole."""
-        with contextlib.suppress(ValueError), path.open("rb") as file:  # an empty file is no map
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            raw = np.frombuffer(mapping, np.uint8)
-            body, digest = raw[:-32], raw[-32:].tobytes()
+        if path.stat().st_size:  # nothing cannot be mapped
+            raw = np.asarray(np.memmap(path, np.uint8, "r"))
+            body, digest = raw[:-32], raw[-32:]
 
             # nothing in the file is believed before its digest is known to be right
             made = names_digest(files)
-            for start in tqdm(range(0, len(body), BLOCK), f"checking {path.name}", delay=2):
-                made.update(body[start : start + BLOCK].data)
-                release(mapping)
-            if made.digest() == digest:
+            blocks = np.array_split(body, len(body) // 2**24 + 1)
+            for block in tqdm(blocks, f"checking {path.name}", delay=2):
+                made.update(block.data)
+            if made.digest() == digest.tobytes():
                 end = len(body) - 32 * len(files)
                 index = np.frombuffer(body[end:].tobytes(), np.int64).reshape(-1, 4)
-                return cls(body[:end], index, made.hexdigest(), mapping)
+                return cls(body[:end], index, made.hexdigest())
         raise UsageError(f"{path} is damaged; delete it, and the next start makes it anew")
 
 
@@ -115,35 +107,34 @@ def names_digest(files: Files) -> "hashlib._Hash":
     return hashlib.sha256(os.fsencode("\n".join(file for file, _ in files)))
 
 
-def release(mapping: mmap.mmap | None) -> None:
-    """Forget the pages that were touched, or an epoch would pile up the whole file in memory."""
-    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
-        mapping.madvise(mmap.MADV_DONTNEED)
-
-
 def visible(name: str) -> bool:
     """Whether a file or folder can be data: it is not hidden, nor left behind by a system."""
     return not name.startswith(".") and name not in LEFT_BEHIND
 
 
-def image_files(top: Path) -> tuple[list[str], Counter[str]]:
-    """Image files as paths below `top`, in torchvision's order; how many others, by ending."""
-    found: list[str] = []
-    others: Counter[str] = Counter()
-    seen = {os.path.realpath(folder) for folder in (top, *top.absolute().parents)}
-    for root, folders, files in os.walk(top, followlinks=True):
-        # a link to a folder that was seen leads in a circle
-        places = {name: os.path.realpath(f"{root}/{name}") for name in sorted(folders)}
-        folders[:] = [n for n, real in places.items() if visible(n) and real not in seen]
-        seen.update(places.values())
+def subfolders(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and visible(p.name))
 
+
+def image_files(top: Path) -> tuple[list[str], list[str]]:
+    """Image files as paths below `top`, in torchvision's order; the endings of all other files.
+
+    A folder in `top` may be a link. Links further below are not followed: they may lead in circles.
+    """
+    found, others = [], []
+    for root, folders, files in os.walk(top, followlinks=True):
+        below = root != str(top)
+        folders[:] = [
+            name
+            for name in folders
+            if visible(name) and not (below and os.path.islink(f"{root}/{name}"))
+        ]
         for name in filter(visible, files):
             path = Path(root, name).relative_to(top)
-            ending = path.suffix.lower()
-            if ending in ENDINGS:
+            if path.suffix.lower() in ENDINGS:
                 found.append(path.as_posix())
             else:
-                others[ending or "no ending"] += 1
+                others.append(path.suffix.lower() or "no ending")
     return sorted(found, key=lambda path: (path.split("/")[0], os.path.split(path))), others
 
 
@@ -164,7 +155,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
                 f"its values from {values.min()} to {values.max()} do not use the {bits} bits of "
                 "their type; save it with 8 bits"
             )
-        image = Image.fromarray(scaled.astype(np.uint8))
+        image = Image.fromarray(scaled.astype(np.uint8))  # (height, width)
     return image.convert("RGB")
 
 
@@ -172,9 +163,6 @@ def read_image(path: str | Path, resize: Side) -> np.ndarray:
     """Pixels (height, width, 3) uint8 of a file, resized as by torchvision. Else ValueError."""
     try:
         with Image.open(path) as image:
-            short, long = sorted(image.size)
-            if isinstance(resize, int) and resize**2 * long > MOST * short:
-                raise ValueError(f"{long} x {short} is too thin: resized, it fills the memory")
             return np.asarray(Resize(resize)(to_rgb(image)))
     except Exception as error:  # of many kinds, if the file is damaged
         raise ValueError(f"{path} cannot be read as an image ({error})") from error
@@ -184,14 +172,15 @@ def load_files(
     root: Path, task: str, base: Path, classes: list[str], files: dict[str, Files], resize: Side
 ) -> dict:
     """What a Dataset holds of image files. Broken images of all splits are named together."""
-    splits, faults = {}, []
+    splits: dict[str, Split] = {}
+    faults: list[str] = []
     for split, part in files.items():
         try:
             splits[split] = prepare(root / "cache", f"{task}-{split}", base, part, resize)
         except BrokenImages as error:
-            faults += error.faults
+            faults += error.args
     if faults:
-        raise BrokenImages(faults)
+        raise BrokenImages(*faults)
     return {"classes": classes, "splits": splits, "resize": resize}
 
 
@@ -201,25 +190,15 @@ def prepare(cache: Path, name: str, base: Path, files: Files, resize: Side) -> S
     The file is named after all that may change its content: how images are resized, and the name,
     label, size and time of change of each. UsageError for images that are missing or broken.
     """
-    key, faults = hashlib.sha256(f"{resize} {VERSION}".encode()), []
+    missing = [file for file, _ in files if not os.path.isfile(f"{base}/{file}")]
+    if missing:
+        said = f"belongs to {name}, but there is no such file"
+        raise BrokenImages(*[f"{base}/{file} {said}" for file in missing])
+    key = hashlib.sha256(f"{resize} {VERSION}".encode())
     for file, label in files:
-        # a list of images may come from elsewhere: it must not lead out of its folder
-        if not inside(file):
-            raise UsageError(
-                f"{name} names '{file}', which is not below {base}; do not use this list of images"
-            )
-        try:
-            status = os.stat(f"{base}/{file}")
-            if not stat.S_ISREG(status.st_mode):
-                raise ValueError("it is no file")
-            key.update(os.fsencode(f"{file}\n{label} {status.st_size} {status.st_mtime_ns}\n"))
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", error)
-            faults.append(f"{base}/{file} belongs to {name} but cannot be had ({reason})")
-    if faults:
-        raise BrokenImages(faults)
-
-    side = f"{resize}" if isinstance(resize, int) else "x".join(map(str, resize))
+        status = os.stat(f"{base}/{file}")
+        key.update(os.fsencode(f"{file}\n{label} {status.st_size} {status.st_mtime_ns}\n"))
+    side = "x".join(map(str, np.ravel(resize)))
     path = cache / f"{name}-{side}-{key.hexdigest()[:16]}.pixels"
     build_once(path, lambda temporary: decode(temporary, name, base, files, resize))
     return Split.open(path, files)
@@ -227,29 +206,24 @@ def prepare(cache: Path, name: str, base: Path, files: Files, resize: Side) -> S
 
 def decode(temporary: Path, name: str, base: Path, files: Files, resize: Side) -> None:
     """Write what `Split.open` reads. One thread per core decodes; memory holds a few images."""
-
-    def read(file: tuple[str, int]) -> np.ndarray | str:
-        try:
-            return read_image(f"{base}/{file[0]}", resize)
-        except ValueError as error:
-            return str(error)
-
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
-    images = prefetch(read, files, threads=cores)
+    decoded = prefetch(lambda file: read_image(f"{base}/{file[0]}", resize), files, cores)
     made, index, faults = names_digest(files), np.empty((len(files), 4), np.int64), []
     with temporary.open("wb") as out:
         # pixels, one image after another
-        for i, image in enumerate(tqdm(images, f"decoding {name}", len(files), delay=2)):
-            if isinstance(image, str):
-                faults.append(image)
+        for i, future in enumerate(tqdm(decoded, f"decoding {name}", len(files), delay=2)):
+            try:
+                image = future.result()
+            except ValueError as error:
+                faults.append(str(error))
                 continue
             index[i] = out.tell(), *image.shape[:2], files[i][1]
             made.update(image.data)
             out.write(image.data)
         if faults:
-            raise BrokenImages(faults)
+            raise BrokenImages(*faults)
 
         # where they are, and the digest
         made.update(index.data)
@@ -291,7 +265,9 @@ class Batched:
             made = self.gather(chosen, rng)
             return tuple(tensor.pin_memory() for tensor in made) if pin else made
 
-        yield from prefetch(make, self.order(self.examples(split, fraction), batch, rng))
+        order = self.order(self.examples(split, fraction), batch, rng)
+        for future in prefetch(make, order, threads=1):
+            yield future.result()
 
 
 @dataclass
@@ -323,47 +299,46 @@ class Dataset(Batched):
         digests = {"classes": classes} | {name: part.digest for name, part in self.splits.items()}
         return {name: digest[:16] for name, digest in digests.items()}
 
-    def examples(self, split: str, fraction: float = 1.0) -> list[tuple[Split, int]]:
-        """A split's images as (split, number in it); `trainval` is train and val together.
+    def examples(self, split: str, fraction: float = 1.0) -> list[tuple[np.ndarray, int]]:
+        """A split's images (height, width, 3) and labels; `trainval` is train and val together.
 
         fraction: only that share of them, stratified, the same for every seed. A smaller share is
         part of a larger one.
         """
         names = ("train", "val") if split == "trainval" else (split,)
-        images = [(self.splits[name], i) for name in names for i in range(len(self.splits[name]))]
+        parts = [self.splits[name] for name in names]
+        examples = [
+            (part.image(i), int(part.labels[i])) for part in parts for i in range(len(part))
+        ]
         if fraction == 1:
-            return images
-        labels = np.array([part.labels[i] for part, i in images])
-        return [images[i] for i in stratified(labels, seed=0)[: round(fraction * len(images))]]
+            return examples
+        order = stratified(np.array([label for _, label in examples]))
+        return [examples[i] for i in order[: round(fraction * len(examples))]]
 
-    def order(self, images: list, batch: int, rng: Random) -> list[list]:
+    def order(self, examples: list, batch: int, rng: Random) -> list[list]:
         """Shuffled if there is an rng. The last batch may be smaller."""
         if rng is not None:
-            images = [images[i] for i in rng.permutation(len(images))]
-        return [images[start : start + batch] for start in range(0, len(images), batch)]
+            examples = [examples[i] for i in rng.permutation(len(examples))]
+        return [examples[start : start + batch] for start in range(0, len(examples), batch)]
 
-    def gather(self, images: list[tuple[Split, int]], rng: Random) -> tuple[Tensor, Tensor]:
+    def gather(self, examples: list[tuple[np.ndarray, int]], rng: Random) -> tuple[Tensor, Tensor]:
         """One batch. rng decides random crops and flips; without it, the centre is cut out."""
-        pixels = np.empty((len(images), self.size, self.size, 3), np.uint8)  # (B, size, size, 3)
+        pixels = np.empty((len(examples), self.size, self.size, 3), np.uint8)  # (B, size, size, 3)
         # one image after another: in this order the random numbers are drawn
-        for out, (part, i) in zip(pixels, images, strict=True):
-            crop(part.image(i), self.size, out, rng if self.augment else None)
-        labels = np.array([part.labels[i] for part, i in images])  # (B,)
-        for part in self.splits.values():
-            release(part.mapping)
-        return torch.from_numpy(pixels), torch.from_numpy(labels)
+        for out, (image, _) in zip(pixels, examples, strict=True):
+            crop(image, self.size, out, rng if self.augment else None)
+        return torch.from_numpy(pixels), torch.tensor([label for _, label in examples])  # (B,)
 
 
-def prefetch(make: Callable, items: Iterable, threads: int = 1) -> Iterator:
+def prefetch(make: Callable, items: Iterable, threads: int) -> Iterator[Future]:
     """make(item) for every item, in order; threads make the next ones while the caller uses one."""
     with ThreadPoolExecutor(threads) as pool:
         coming: deque[Future] = deque()
         for item in items:
             coming.append(pool.submit(make, item))
             if len(coming) > threads:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
+                yield coming.popleft()
+        yield from coming
 
 
 def crop(image: np.ndarray, size: int, out: np.ndarray, rng: Random) -> None:
@@ -380,20 +355,12 @@ def crop(image: np.ndarray, size: int, out: np.ndarray, rng: Random) -> None:
     if rng is None or rng.choice((1, -1)) == 1:
         out[:] = window
         return
-    # NumPy mirrors one plane at a time six times as fast as three planes at once
+    # NumPy mirrors one plane at a time faster than three planes at once
     for colour in range(3):
         out[..., colour] = window[:, ::-1, colour]
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """(B, size, size, 3) uint8 -> (B, 3, size, size) float, as torchvision does it."""
-    both = pixels.new_tensor([IMAGENET_MEAN, IMAGENET_STD], dtype=torch.float32)
-    mean, std = both.view(2, 3, 1, 1)
-    # in place: half the time on a CPU
-    return pixels.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
-
-
-def stratified(labels: np.ndarray, seed: int) -> np.ndarray:
+def stratified(labels: np.ndarray, seed: int = 0) -> np.ndarray:
     """A random order of range(len(labels)) any stretch of which holds every class in its share."""
     order = np.random.default_rng(seed).permutation(len(labels))
     place = np.empty(len(labels))  # where in its class an image stands, from 0 to 1

@@ -2,13 +2,12 @@
 
 import hashlib
 import io
+import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections import namedtuple
 from pathlib import Path
 from urllib.error import URLError
 
@@ -71,23 +70,23 @@ def test_a_checksum_that_nobody_published_is_recorded_and_held_to(site, tmp_path
 
 def test_a_download_that_was_killed_goes_on_in_the_next_process(site, tmp_path):
     (tmp_path / "site" / "file.bin").write_bytes(CONTENT * 60)
-    code = (
-        "import sys, time; from pathlib import Path; from support import files\n"
-        "real = files.urlopen\n"
-        "def slow(*a, **k):\n"
-        "    answer = real(*a, **k); read = answer.read\n"
-        "    answer.read = lambda n: (time.sleep(0.05), read(n))[1]\n"
-        "    return answer\n"
-        "files.urlopen = slow\n"
-        "files.fetch([sys.argv[1]], Path(sys.argv[2]), None)"
-    )
-    words = [sys.executable, "-c", code, f"{site.url}/file.bin", str(tmp_path / "got" / "file.bin")]
-    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL)
+
+    def slowly(source, target):
+        while block := source.read(1 << 18):
+            target.write(block)
+            time.sleep(0.02)
+
+    def work():
+        files.shutil.copyfileobj = slowly  # in the process that is to be killed
+        fetch([f"{site.url}/file.bin"], tmp_path / "got" / "file.bin", None)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
     partial = tmp_path / "got" / ".file.bin.partial"
-    while not (partial.exists() and partial.stat().st_size > 10**6) and process.poll() is None:
+    while not (partial.exists() and partial.stat().st_size > 10**6) and process.is_alive():
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     held = partial.stat().st_size
     assert not (tmp_path / "got" / "file.bin").exists()
     path = fetch([f"{site.url}/file.bin"], tmp_path / "got" / "file.bin", None)
@@ -133,12 +132,27 @@ def test_a_truncated_archive_is_named_and_a_whole_one_then_taken(tmp_path):
     assert path.exists()  # the user's own archive stays
 
 
-def test_a_full_disk_is_one_sentence_before_anything_is_written(site, tmp_path, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: usage(10**6, 10**6, 1000))
-    with pytest.raises(UsageError, match=r"has 0.00 GB left\); give a folder on a disk with room"):
-        fetch([f"{site.url}/file.bin"], tmp_path / "got" / "file.bin", MD5)
-    assert not (tmp_path / "got" / "file.bin").exists()
+def test_a_full_disk_is_one_sentence_and_the_download_goes_on_later(site, tmp_path, monkeypatch):
+    def full(source, target):
+        target.write(source.read(1000))
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "copyfileobj", full)
+        with pytest.raises(UsageError, match=r"No space left on device.; give a folder on a disk"):
+            fetch([f"{site.url}/file.bin"], tmp_path / "got" / "file.bin", MD5)
+    path = fetch([f"{site.url}/file.bin"], tmp_path / "got" / "file.bin", MD5)
+    assert path.read_bytes() == CONTENT
+    assert [start for _, start in site.log] == [0, 1000]
+
+
+def test_a_download_that_was_stopped_after_its_last_byte_is_not_repeated(site, tmp_path):
+    for content in (CONTENT, CONTENT + b"more"):  # the second is another file
+        (tmp_path / "got" / ".file.bin.partial").write_bytes(content)
+        path = fetch([f"{site.url}/file.bin"] * 2, tmp_path / "got" / "file.bin", MD5)
+        assert path.read_bytes() == CONTENT
+        path.unlink()
+    assert [start for _, start in site.log] == [len(CONTENT), len(CONTENT) + 4, 0]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -160,9 +174,15 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 # How a command ends
 
 
+NO_TORCH = "import types; sys.modules['torch'] = types.SimpleNamespace(OutOfMemoryError=OSError)"
+
+
 def command(code: str, **streams) -> subprocess.CompletedProcess:
-    """A process whose work is `code`."""
-    whole = f"import sys\nfrom support.files import exit_code\n{code}\nsys.exit(exit_code(work))"
+    """A process whose work is `code`. It does without torch, whose import is slow."""
+    whole = f"""import sys; {NO_TORCH}
+from support.files import exit_code
+{code}
+sys.exit(exit_code(work))"""
     return subprocess.run([sys.executable, "-c", whole], cwd=ROOT, **streams)
 
 
@@ -198,13 +218,15 @@ def test_closed_streams_do_no_harm(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_torch_compile_without_a_compiler_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", str(tmp_path / "no compiler"))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    code = "import torch\ndef work(): torch.compile(lambda x: (2 * x).relu())(torch.ones(9))"
-    made = command(code, capture_output=True, text=True)
-    assert made.returncode == 2
-    (error,) = made.stderr.splitlines()
+def test_torch_compile_without_a_compiler_is_one_sentence(capsys):
+    config = {"cpp.cxx": ("no compiler",), "fx_graph_cache": False}
+
+    def work():
+        with torch._inductor.config.patch(config):
+            torch.compile(lambda x: (2 * x).relu())(torch.ones(9))
+
+    assert exit_code(work) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: torch.compile does not work here (")
     assert error.endswith("; run with --no-compile")
 

@@ -57,28 +57,24 @@ MEMBERS = {
     "tar, a hard link": member("images/link", type=tarfile.LNKTYPE, linkname="images/a.jpg"),
     "tar, a device": member("images/null", type=tarfile.CHRTYPE, devmajor=1, devminor=3),
     "tar, a pipe": member("images/pipe", type=tarfile.FIFOTYPE),
-    "tar, a bomb": member("images/bomb.jpg", size=10**8),
-    "zip, an absolute path": in_zip("/tmp/evil"),
-    "zip, an upward path": in_zip("images/../../evil"),
-    "zip, a symbolic link": in_zip("images/link", 0o120777),
-    "zip, a device": in_zip("images/null", 0o020666),
-    "zip, a bomb": in_zip("images/bomb.jpg"),
+}
+IN_ZIP = {
+    "an absolute path": in_zip("/tmp/evil"),
+    "an upward path": in_zip("images/../../evil"),
+    "a symbolic link": in_zip("images/link", 0o120777),
+    "a device": in_zip("images/null", 0o020666),
 }
 
 
-def pack(path: Path, kind: str, hostile) -> None:
-    if kind.startswith("tar"):
-        return tar(path, member("images/a.jpg"), hostile)
+def zipped(path: Path, hostile: zipfile.ZipInfo) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("images/a.jpg", b"data")
-        archive.writestr(
-            hostile, bytes(10**8) if "bomb" in kind else b"/etc/passwd", zipfile.ZIP_DEFLATED
-        )
+        archive.writestr(hostile, b"/etc/passwd", zipfile.ZIP_DEFLATED)
 
 
 @pytest.mark.parametrize("kind", MEMBERS)
-def test_a_hostile_archive_is_refused_whole(kind, tmp_path):
-    pack(tmp_path / "a.archive", kind, MEMBERS[kind])
+def test_a_hostile_tar_file_is_refused_whole(kind, tmp_path):
+    tar(tmp_path / "a.archive", member("images/a.jpg"), MEMBERS[kind])
     with pytest.raises(UsageError, match="do not use this archive"):
         obtain(tmp_path / "out", tmp_path / "a.archive", [], None)
     assert not (tmp_path / "out").exists()
@@ -87,10 +83,15 @@ def test_a_hostile_archive_is_refused_whole(kind, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".part")]
 
 
-def test_an_archive_of_many_empty_files_is_a_bomb_too(tmp_path):
-    tar(tmp_path / "a.tgz", *(member("a", type=tarfile.DIRTYPE) for _ in range(5000)))
-    with pytest.raises(UsageError, match="more than 100 times its size"):
-        obtain(tmp_path / "out", tmp_path / "a.tgz", [], None)
+@pytest.mark.parametrize("kind", IN_ZIP)
+def test_a_hostile_zip_file_becomes_plain_files_in_its_folder(kind, tmp_path):
+    zipped(tmp_path / "a.archive", IN_ZIP[kind])
+    out = obtain(tmp_path / "out", tmp_path / "a.archive", [], None)
+    files = [path for path in out.rglob("*") if not path.is_dir()]
+    assert sorted(path.read_bytes() for path in files) == [b"/etc/passwd", b"data"]
+    assert not [path for path in files if path.is_symlink()]
+    assert not (tmp_path / "evil").exists()
+    assert not Path("/tmp/evil").exists()
 
 
 def test_an_archive_with_a_password_or_with_two_files_in_one_place_is_one_sentence(tmp_path):
@@ -112,11 +113,10 @@ def test_an_archive_with_a_password_or_with_two_files_in_one_place_is_one_senten
 
 @pytest.mark.parametrize("name", ["a.tgz", "a.zip"])
 def test_an_archive_with_changed_bytes_is_refused_in_one_sentence_or_unpacked(name, tmp_path):
-    pack(
-        tmp_path / name,
-        "tar" if name == "a.tgz" else "zip",
-        member("b") if name == "a.tgz" else in_zip("b"),
-    )
+    if name == "a.tgz":
+        tar(tmp_path / name, member("images/a.jpg"), member("b"))
+    else:
+        zipped(tmp_path / name, in_zip("b"))
     content, refused = (tmp_path / name).read_bytes(), 0
     for seed in range(60):
         changed, rng = bytearray(content), np.random.default_rng(seed)
@@ -161,7 +161,6 @@ def jpeg_bomb(path: Path) -> None:
 BOMBS = {
     "png": lambda path: png_bomb(path, 20_000, 20_000),
     "jpeg": jpeg_bomb,
-    "thin": lambda path: png_bomb(path, 8, 30_000),  # its short side at 256: 256 x 960,000
 }
 
 
@@ -308,9 +307,6 @@ def test_a_split_that_names_a_file_outside_its_folder_is_refused(name, tmp_path)
     (folder / "split.json").write_text(json.dumps(listing))
     with pytest.raises(UsageError, match=r"split\.json must give .*mend or delete it"):
         load(str(folder), tmp_path / "data", 16)
-    with pytest.raises(UsageError, match=r"belongs to t but cannot be had|is not below"):
-        prepare(tmp_path / "cache", "t", folder, [(name, 0)], 16)
-    assert not (tmp_path / "cache").exists()
 
 
 def test_a_split_with_an_image_in_two_parts_or_under_another_class_is_refused(tmp_path):
@@ -328,24 +324,21 @@ def test_a_split_with_an_image_in_two_parts_or_under_another_class_is_refused(tm
             load(str(folder), tmp_path / "data", 16)
 
 
-def test_a_list_of_vtab_that_leads_out_of_its_folder_or_has_changed_is_refused(tmp_path):
+def test_a_list_of_vtab_with_other_labels_is_refused_and_a_changed_one_is_other_data(tmp_path):
     base = tmp_path / "data" / "vtab-1k" / "kitti"
     base.mkdir(parents=True)
     Image.new("RGB", (20, 20)).save(base / "a.png")
-    for name, rows in {"train800": 4, "val200": 1, "train800val200": 5, "test": 3}.items():
+    for name, rows in {"train800": 4, "val200": 1, "test": 3}.items():
         (base / f"{name}.txt").write_text("a.png 1\n" * rows)
-    assert load("kitti", tmp_path / "data", 16).count("test") == 3
+    known = load("kitti", tmp_path / "data", 16)
+    assert known.count("test") == 3
     (base / "test.txt").write_text("a.png 1\na.png 1\na.png 2\n")  # a digit was turned
-    with pytest.raises(
-        UsageError,
-        match=r"test\.txt has sha256 .*damaged, or another file; delete it, or .*\.sha256",
-    ):
-        load("kitti", tmp_path / "data", 16)
-    (tmp_path / "data" / "cache" / "kitti-test.txt.sha256").unlink()
-    (base / "test.txt").write_text("../../../secret.png 1\n")
-    Image.new("RGB", (20, 20)).save(tmp_path / "secret.png")
-    with pytest.raises(UsageError, match="is not below"):
-        load("kitti", tmp_path / "data", 16)
+    changed = load("kitti", tmp_path / "data", 16).identity
+    assert {name for name in changed if changed[name] != known.identity[name]} == {"test"}
+    for line in ("a.png 4", "a.png -1", "a.png", "a.png x"):
+        (base / "test.txt").write_text(f"{line}\n")
+        with pytest.raises(UsageError, match=r"test\.txt is no list of images and labels"):
+            load("kitti", tmp_path / "data", 16)
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", "../../etc/passwd"])

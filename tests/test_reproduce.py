@@ -46,14 +46,15 @@ def made_cub(tmp_path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (260, 300, 3), np.uint8)).save(path)
             splits["train" if i < 4 else "val" if i < 6 else "test"][image] = label
-    sums = {}
+    made: dict[str, dict] = {"files": {}, "sizes": {"classes": 3}}
     for split, images in splits.items():
         path = tmp_path / "data" / "vpt_splits" / "cub" / f"{split}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(images))
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        sums[f"cub/{split}"] = (digest, len(images), 3)
-    (tmp_path / "splits.json").write_text(json.dumps(sums))
+        made["files"][f"cub/{split}"] = {"sha256": digest}
+        made["sizes"][split] = len(images)
+    (tmp_path / "splits.json").write_text(json.dumps(made))
     torch.manual_seed(0)
     vit = ViT(n_layer=1)
     save_file(vit.state_dict(), tmp_path / "vit.safetensors", {"vit": json.dumps(vit.sizes)})
