@@ -146,6 +146,8 @@ def benchmark(name: str) -> Task:
     """A task of FGVC (birds, flowers, dogs or cars) or of VTAB-1K (1,000 labelled images)."""
     group, *numbers = benchmarks.TASKS[name].values()
     classes, *sizes = map(int, numbers)
+    # FGVC crops at random and has published settings; VTAB-1K does neither, and its final runs
+    # train on train and val
     fgvc = group == "FGVC"
     return Task(
         group if fgvc else f"VTAB-1K {group}",
