@@ -2,46 +2,33 @@
 
     python -m extras.bench                  every row
     python -m extras.bench vit gpt          some of them
-    python -m extras.bench --json FILE      the same figures for a program
 
-How it is measured: measure.py. Read the ratios.
+Loss and gradients of both sides are compared before anything is timed. How it is measured:
+measure.py. Read the ratios.
 """
 
 import argparse
-import json
-import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import timm
 import torch
 from torch import Tensor
 
-from data import load, normalise
+from data import load
 from extras import peers
-from extras.measure import (
-    DEVICE,
-    Figures,
-    flops,
-    kept_for_backward,
-    matrix_rate,
-    measure,
-    number_types,
-    peak_rate,
-    rate,
-    table,
-)
-from prefix import SHARE
-from support.files import Parser, UsageError, exit_code, write
+from extras.measure import DEVICE, flops, measure, number_types, seconds_of, table
+from gpt import GPT, HUB
+from support.files import Parser, UsageError, exit_code
+from sweep import METHODS
 from train import (
     Config,
     TunedModel,
@@ -55,342 +42,217 @@ from train import (
 from vit import ViT
 
 LENGTH, CLASSES = 10, 200
-SOURCE = 64  # tokens of a source, and of a target, in row `gpt`
+TOKENS = 64  # of a text's source, and of its target
+GPT2 = "gpt2-medium" if DEVICE == "cuda" else "gpt2"
+# What an image passes through, and which of sweep.py's methods trains it.
+SIDES: dict[str, tuple[Callable, str]] = {
+    "ours": (ViT, "deep"),
+    "peer": (peers.Peer, "deep"),
+    "modern peer": (peers.ModernPeer, "deep"),
+    "full fine-tuning": (ViT, "full"),
+    "Simple-share": (ViT, "simple"),
+    "prompts as tokens": (peers.PromptTokens, "simple"),
+}
 ROOT = Path(__file__).parent.parent
+
+
+def sides(who: str, length: int) -> tuple[Callable, Config, Any, Any]:
+    """What a step needs: (loss, config, model, backbone)."""
+    torch.manual_seed(0)
+    if who in SIDES:
+        make, method = SIDES[who]
+        config = resolve(Config(task="cub", length=length, **METHODS[method]))
+        vit = make().to(DEVICE).requires_grad_(False)
+        return image_loss, config, TunedModel(config, vit, CLASSES).to(DEVICE), vit
+
+    # Texts.
+    config = resolve(Config(task="e2e", share="deep", length=length))
+    if who == "peft":
+        return peers.peft_loss, config, peers.peft_gpt2(length, HUB[GPT2]).to(DEVICE), None
+    gpt = GPT(**HUB[GPT2]).to(DEVICE).requires_grad_(False)
+    return text_loss, config, TunedModel(config, gpt, 0).to(DEVICE), gpt
 
 
 def images(batch: int) -> tuple[Tensor, Tensor]:
     """Random pixels (B, 224, 224, 3) and labels (B,)."""
-    made = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (batch, 224, 224, 3), dtype=torch.uint8, generator=made)
-    return pixels.to(DEVICE), torch.randint(CLASSES, (batch,), generator=made).to(DEVICE)
+    draw = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (batch, 224, 224, 3), dtype=torch.uint8, generator=draw)
+    return pixels.to(DEVICE), torch.randint(CLASSES, (batch,), generator=draw).to(DEVICE)
 
 
-def our_model(
-    dtype: Any, length: int, share: str, peer: torch.nn.Module | None = None
-) -> tuple[Config, TunedModel, ViT]:
-    """This repository's prefix on ViT-B/16; with `peer`: with that one's weights."""
-    config = resolve(Config(task="cub", share=share, length=length, dtype=dtype, lr=1e-3, wd=0.0))
+def texts(batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random tokens (B, T), where the targets are (B, Q), and the targets (B, Q)."""
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(50_000, (batch, 2 * TOKENS), generator=draw).to(DEVICE)
+    positions = torch.arange(TOKENS - 1, 2 * TOKENS - 1, device=DEVICE).expand(batch, -1)
+    return tokens, positions, tokens[:, TOKENS:]
+
+
+def check_equal(who: str, batch: tuple[Tensor, Tensor]) -> None:
+    """AssertionError if our ViT with a peer's weights has another loss or other gradients."""
+    torch.set_float32_matmul_precision("highest")
+    _, _, model, peer = sides(who, LENGTH)
     vit = ViT().to(DEVICE).requires_grad_(False)
-    model = TunedModel(config, vit, CLASSES).to(DEVICE)
-    if peer is not None:
-        peer.give_weights(model, vit)
-    if dtype == "bf16":
-        vit.cast_frozen_weights()
-    return config, model, vit
-
-
-def peer_model(kind: str, dtype: str = "fp32", length: int = LENGTH) -> torch.nn.Module:
-    """peer: as repositories do it; modern: as one writes it today; vpt: prompts as tokens.
-
-    whole: timm's ViT, every parameter trained.
-    """
-    torch.manual_seed(0)
-    if kind == "whole":
-        return timm.create_model("vit_base_patch16_224", num_classes=CLASSES).to(DEVICE)
-    if kind == "vpt":
-        model = peers.PromptTokens(length, CLASSES).to(DEVICE)
-    else:
-        model = peers.Peer(length, CLASSES, modern=kind == "modern").to(DEVICE)
-    if dtype == "bf16":
-        peers.hold_in_bf16(model)
-    return model
+    vit.load_state_dict(peer.state_dict())
+    model.eval()
+    found = []
+    for backbone in (peer, vit):
+        model.zero_grad()
+        loss, _ = image_loss(model, backbone, False, *batch)
+        loss.backward()
+        found.append([loss, *(parameter.grad for parameter in model.parameters())])
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-3)
 
 
 def candidate(
-    kind: str,
-    dtype: str,
+    name: str, batch: int = 2, length: int = LENGTH, training: bool = True
+) -> Callable[[], object]:
+    """The training step of train.py, or the evaluation of a batch.
+
+    name: "WHO, DTYPE" with train.py's settings for memory and TF32; "..., as started" without
+    them; "..., compiled" or "..., CUDA graphs".
+    """
+    who, dtype, mode = [*name.split(", "), ""][:3]
+    if mode != "as started":
+        prepare_process()
+    loss_of, config, model, backbone = sides(who, length)
+    bf16 = dtype == "bf16"
+    if bf16:
+        backbone.cast_frozen_weights()
+    if mode in ("compiled", "CUDA graphs"):
+        graphs = "reduce-overhead" if mode == "CUDA graphs" else None
+        loss_of = torch.compile(loss_of, dynamic=False, mode=graphs)
+    examples = images(batch) if who in SIDES else texts(batch)
+    if training:
+        optimizer = make_optimizer(config, model.train())  # its learning rate is 0
+        return partial(train_step, loss_of, model, backbone, bf16, optimizer, examples)
+
+    # In evaluation the prefix is made once for all batches.
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
+        prefix_kv = model.eval().prefix_kv(backbone)  # (depth, 2, H, L, Dh)
+    return torch.no_grad()(partial(loss_of, model, backbone, bf16, *examples, prefix_kv))
+
+
+@cache
+def operations(who: str, length: int, training: bool) -> float:
+    """FLOPs of one example, counted."""
+    return flops(candidate(f"{who}, fp32", length=length, training=training)) / 2
+
+
+def compare(
+    title: str,
+    names: list[str],
+    rounds: int,
     batch: int,
     length: int = LENGTH,
-    mode: str = "",
     training: bool = True,
-    prepared: bool = True,
-) -> Callable[[], object]:
-    """A training step, or the evaluation of a batch, of ours (deep, simple) or of a peer.
-
-    mode: "", "compiled" or "CUDA graphs". prepared: with train.py's settings for memory and TF32.
-    """
-    if prepared:
-        prepare_process()
-    bf16 = dtype == "bf16"
-    pixels, labels = images(batch)
-
-    def compiled(function: Callable) -> Callable:
-        graphs = "reduce-overhead" if mode == "CUDA graphs" else None
-        return torch.compile(function, dynamic=False, mode=graphs) if mode else function
-
-    # Ours: the step that train.py takes, or the evaluation with a prefix that is made once.
-    if kind in SHARE:
-        config, model, vit = our_model(dtype, length, kind)
-        loss_of = compiled(image_loss)
-        if training:
-            optimizer = make_optimizer(config, model.train())
-            arguments = (loss_of, model, vit, bf16, optimizer, (pixels, labels))
-            return partial(train_step, *arguments)
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
-            prefix_kv = model.eval().prefix_kv(vit).detach()  # (depth, 2, H, L, Dh)
-        return torch.no_grad()(partial(loss_of, model, vit, bf16, pixels, labels, prefix_kv))
-
-    # A peer.
-    peer = peer_model(kind, dtype, length)
-    peer.forward = compiled(peer.forward)
-    if training:
-        return peers.step(peer, pixels, labels, bf16)
-    autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=bf16)
-    return torch.no_grad()(autocast(partial(peer.eval(), pixels)))
+) -> None:
+    """Measure some candidates and print their table."""
+    makes, counted = {}, {}
+    for name in names:
+        makes[name] = partial(candidate, name, batch, length, training)
+        counted[name] = batch * operations(name.split(", ")[0], length, training)
+    what = "training step" if training else "evaluation"
+    seconds, memory = measure(makes, rounds)
+    table(f"{title}, {what}, batch {batch}", seconds, memory, batch, "examples", counted)
 
 
-def row_vit(options: argparse.Namespace) -> Figures:
-    """Training step, evaluation, full fine-tuning; FLOPs, memory, share of the machine's best."""
-    peer = peer_model("peer")
-    peers.check_equal(peer, *our_model("fp32", LENGTH, "deep", peer)[1:], *images(4))
-    del peer
-    figures: Figures = {}
-    for batch in options.batch:
-        # Training: the peer as its user starts it, with our settings, a good engineer's; ours.
-        plain = partial(candidate, "peer", "fp32", batch)
-        runs = {"peer, fp32": partial(plain, prepared=False), "peer, fp32, our settings": plain}
-        runs["timm, full fine-tuning, fp32"] = partial(candidate, "whole", "fp32", batch)
-        for dtype in number_types():
-            for mode in options.modes:
-                name = f"{dtype}, {mode}" if mode else dtype
-                runs[f"modern peer, {name}"] = partial(candidate, "modern", dtype, batch, mode=mode)
-                runs[f"ours, {name}"] = partial(candidate, "deep", dtype, batch, mode=mode)
-        seconds, memory = measure(runs, options.rounds)
-        title = f"Training step, ViT-B/16, Deep-share, batch {batch}"
-        figures |= table(title, seconds, "peer, fp32", batch, "images")
-        figures |= counts_and_memory(seconds, memory, batch, options.rounds)
-
-        # Evaluation.
-        runs = {"peer, fp32": partial(plain, training=False, prepared=False)}
-        for dtype in number_types():
-            for name, kind in (("modern peer", "modern"), ("ours", "deep")):
-                runs[f"{name}, {dtype}"] = partial(candidate, kind, dtype, batch, training=False)
-        seconds, _ = measure(runs, options.rounds)
-        figures |= table(f"Evaluation, batch {batch}", seconds, "peer, fp32", batch, "images")
-    return figures
+def row_vit(options: argparse.Namespace) -> None:
+    """Deep-share on ViT-B/16, as users of others, a good engineer and train.py have it."""
+    check_equal("peer", images(4))
+    for batch, training in product(options.batch, (True, False)):
+        names = ["peer, fp32, as started", "peer, fp32", "full fine-tuning, fp32"]
+        for dtype, mode in product(number_types(), options.modes):
+            names += [f"modern peer, {dtype}{mode}", f"ours, {dtype}{mode}"]
+        compare("ViT-B/16, Deep-share", names, options.rounds, batch, training=training)
 
 
-def counts_and_memory(seconds: dict, memory: dict, batch: int, rounds: int) -> Figures:
-    """FLOPs counted, the share of the machine's best matrix rate that they reach, peak memory."""
-    ours = flops(candidate("deep", "fp32", batch)) / batch
-    theirs = flops(candidate("peer", "fp32", batch)) / batch
-    print(f"\nCounted per image: peer {theirs / 1e9:.1f} GFLOP, ours {ours / 1e9:.1f} GFLOP.")
-    figures = {"FLOPs, ours / peer": ours / theirs}
-    for dtype in number_types():
-        best = matrix_rate({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], rounds)
-        fastest = min(s for name, s in seconds.items() if name.startswith(f"ours, {dtype}"))
-        reached = ours * batch / fastest
-        figures[f"share of the best matrix rate, {dtype}"] = reached / best
-        print(
-            f"{dtype}: {reached / 1e12:.2f} of the {best / 1e12:.2f} TFLOP/s of a matrix product."
-        )
-        peak = peak_rate()
-        if dtype == "bf16" and peak is not None:
-            figures["MFU, bf16"] = reached / peak
-            print(f"MFU {100 * reached / peak:.1f} % of {peak / 1e12:.0f} TFLOP/s.")
-    for name, mb in memory.items():
-        figures[f"peak memory, {name}, MB"] = mb
-    print("Peak memory: " + ", ".join(f"{name} {mb:,.0f} MB" for name, mb in memory.items()))
-    return figures
-
-
-def row_vpt(options: argparse.Namespace) -> Figures:
+def row_vpt(options: argparse.Namespace) -> None:
     """VPT-deep with its prompts as tokens, as VPT computes it, against Simple-share."""
-    peer = peer_model("vpt")
-    peers.check_equal(peer, *our_model("fp32", LENGTH, "simple", peer)[1:], *images(4))
-    del peer
-    figures: Figures = {}
-    batch = options.batch[0]
-    kinds = {"prompts as tokens": "vpt", "Simple-share": "simple"}
-    for length, dtype in product((10, 50, 100, 200), number_types()):
-        for training in (True, False):
-            runs = {
-                name: partial(candidate, kind, dtype, batch, length, training=training)
-                for name, kind in kinds.items()
-            }
-            seconds, memory = measure(runs, options.rounds)
-            what = "Training step" if training else "Evaluation"
-            title = f"{what}, VPT-deep, L {length}, batch {batch}, {dtype}"
-            figures |= table(title, seconds, "prompts as tokens", batch, "images")
-            print("Peak memory: " + ", ".join(f"{n} {mb:,.0f} MB" for n, mb in memory.items()))
-    for length in (10, 50, 100, 200):
-        vpt, simple = (flops(candidate(k, "fp32", 2, length)) for k in kinds.values())
-        figures[f"FLOPs, Simple-share / prompts as tokens, L {length}"] = simple / vpt
-        print(f"FLOPs of a training step, L {length}: {simple / vpt:.3f} of prompts as tokens")
-    return figures
+    check_equal("prompts as tokens", images(4))
+    for length, dtype, training in product((10, 50, 100, 200), number_types(), (True, False)):
+        names = [f"prompts as tokens, {dtype}", f"Simple-share, {dtype}"]
+        title = f"VPT-deep, L {length}"
+        compare(title, names, options.rounds, options.batch[0], length, training)
 
 
-def row_memory(options: argparse.Namespace) -> Figures:
-    """What autograd keeps of a bf16 forward pass with the fused kernel: a GPU's memory by batch."""
-    figures: Figures = {}
-    fused = torch.nn.functional.scaled_dot_product_attention
-    for length in (10, 200):
-        _, model, vit = our_model("bf16", length, "deep")
-        parameters = [*model.parameters(), *vit.parameters()]
-        forward = partial(image_loss, model.train(), vit, True, *images(4))
-        with patch("vit.attention", lambda q, k, v, *rest: fused(q.contiguous(), k, v)):
-            image = kept_for_backward(forward, parameters) / 4 / 1e6
-        trained = sum(p.numel() for p in model.parameters())
-        fixed = (sum(p.nbytes for p in parameters) + 8 * trained) / 1e6  # gradients and momenta
-        sizes = [f"batch {b} {(fixed + b * image) / 1e3:.1f} GB" for b in (64, 128, 256)]
-        print(f"\nMemory in bf16, L {length}: {image:.0f} MB an image, {fixed:.0f} MB of weights,")
-        print(f"gradients and momenta; {', '.join(sizes)}")
-        figures[f"MB kept per image, bf16, L {length}"] = image
-    return figures
+def row_gpt(options: argparse.Namespace) -> None:
+    """GPT-2: a training step and beam search, against transformers and peft."""
+    names = ["peft, fp32, as started", "peft, fp32"]
+    names += [f"our GPT, {d}{mode}" for d, mode in product(number_types(), options.modes)]
+    compare(f"{GPT2}, texts of {TOKENS} + {TOKENS} tokens", names, options.rounds, 10)
+
+    # Beam search.
+    names = ["transformers, fp32", *(f"ours, {dtype}" for dtype in number_types())]
+    makes = {name: partial(beams, name) for name in names}
+    seconds, memory = measure(makes, options.rounds)
+    table(f"{GPT2}, 16 prompts, 5 beams, 32 tokens", seconds, memory, 16 * 32, "tokens")
 
 
-def row_scaling(options: argparse.Namespace) -> Figures:
-    """Time per image over batch sizes and prefix lengths."""
-    dtype, batch = number_types()[-1], options.batch[0]
-    runs = {f"batch {b}": partial(candidate, "deep", dtype, b) for b in (8, 16, 32, 64)}
-    seconds, _ = measure(runs, options.rounds)
-    per_image = {name: s / int(name.split()[1]) for name, s in seconds.items()}
-    figures = table(f"An image of a training step, {dtype}", per_image, "batch 8", 1, "images")
-    for dtype in number_types():
-        runs = {f"L {n}": partial(candidate, "deep", dtype, batch, n) for n in (10, 50, 100, 200)}
-        seconds, _ = measure(runs, options.rounds)
-        title = f"Training step, batch {batch}, {dtype}, by prefix length"
-        figures |= table(title, seconds, "L 10", batch, "images")
-    return figures
-
-
-def row_data(options: argparse.Namespace) -> Figures:
-    """Training batches from the cache against decoding in every epoch, on one core."""
-    threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
-    torch.set_num_threads(1)
-    os.sched_setaffinity(0, {min(cores)})
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as root:
-        size = peers.photographs(Path(folder), 640)
-        print(f"\n640 JPEGs of 500 x 375, {size:.0f} kB each, random crops of 224 x 224; one core")
-        loader = peers.decoding_loader(Path(folder), 64)
-        slow = 64 * rate((loader for _ in range(10**6)), 3.0 * options.rounds)
-        data = load(folder, root, 224)
-        epochs = (data.batches("train", 64, seed=0, epoch=e) for e in range(10**6))
-        fast = 64 * rate(epochs, 2.0 * options.rounds)
-        epochs = (data.batches("train", 64, seed=0, epoch=e) for e in range(10**6))
-        whole = 64 * rate(((normalise(x) for x, _ in e) for e in epochs), 2.0 * options.rounds)
-    os.sched_setaffinity(0, cores)
-    torch.set_num_threads(threads)
-    named = {"decoding in every epoch": slow, "decoded once": fast, "and normalised": whole}
-    seconds = {name: 1 / found for name, found in named.items()}
-    figures = table("Input", seconds, "decoding in every epoch", 1, "images")
-    return figures
-
-
-def row_grid(options: argparse.Namespace) -> Figures:
-    """Eight runs of a grid in one process against one process per run."""
-    lr, wd = (5.0, 2.5, 1.0, 0.5), (1e-3, 0.0)
-    with tempfile.TemporaryDirectory() as folder:
-        common = ["--epochs", "3", "--device", "cpu"] if DEVICE == "cpu" else ["--epochs", "3"]
-        start = time.perf_counter()
-        for i, (rate_, decay) in enumerate((a, b) for a in lr for b in wd):
-            words = ["--share", "deep", "--no-final", "--lr", str(rate_), "--wd", str(decay)]
-            call("train.py", *words, *common, "--out", f"{folder}/{i}")
-        apart = time.perf_counter() - start
-        words = ["--methods", "deep", "--seed", "--lr", *map(str, lr), "--wd", *map(str, wd)]
-        start = time.perf_counter()
-        call("sweep.py", *words, *common, "--out", f"{folder}/sweep")
-        together = time.perf_counter() - start
-    seconds = {"a process per run": apart, "one sweep": together}
-    return table("A grid of 8 runs of 3 epochs on digits", seconds, "a process per run", 8, "runs")
-
-
-def call(script: str, *words: str) -> None:
-    """`python SCRIPT WORDS` in the repository. UsageError if it fails."""
-    ended = subprocess.run([sys.executable, str(ROOT / script), *words], capture_output=True)
-    if ended.returncode:
-        raise UsageError(f"{script} failed: {ended.stderr.decode().strip().splitlines()[-1]}")
-
-
-def gpt_step(name: str, prepared: bool = True) -> Callable[[], None]:
-    """A training step of 10 texts of 64 + 64 tokens: peft's, or ours in a type."""
-    if prepared:
-        prepare_process()
-    _, tuned, gpt = peers.gpt2(length=5)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(50_000, (10, 2 * SOURCE), generator=generator).to(DEVICE)
-    if name == "peer":
-        return peers.peft_step(tuned.to(DEVICE), tokens, SOURCE)
-    gpt.to(DEVICE)
-    if name == "bf16":
-        gpt.cast_frozen_weights()
-    targets = torch.arange(SOURCE - 1, 2 * SOURCE - 1, device=DEVICE).expand(10, -1)
-    model = TunedModel(resolve(Config(task="e2e", share="deep", length=5)), gpt, 0).to(DEVICE)
-    batch = (tokens, targets, tokens[:, SOURCE:])
-
-    def step() -> None:
-        text_loss(model, gpt, name == "bf16", *batch)[0].backward()
-        model.zero_grad()
-
-    return step
-
-
-def gpt_beams(name: str, prepared: bool = True) -> Callable[[], object]:
-    """32 tokens for 16 prompts of 20 by 5 beams: transformers' `generate`, or ours in a type."""
-    if prepared:
-        prepare_process()
-    theirs, _, gpt = peers.gpt2(length=5)
-    prompts = torch.randint(50_000, (16, 20), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    if name == "peer":
+def beams(name: str) -> Callable[[], object]:
+    """32 tokens for 16 prompts of 20 by 5 beams: transformers' `generate`, or ours."""
+    prompts = texts(16)[0][:, :20]  # (B, 20)
+    if name == "transformers, fp32":
+        model = peers.transformers_gpt2(HUB[GPT2]).to(DEVICE)
         beam = {"num_beams": 5, "max_new_tokens": 32, "do_sample": False, "pad_token_id": 50256}
-        theirs.to(DEVICE)
-        return lambda: theirs.generate(prompts, attention_mask=torch.ones_like(prompts), **beam)
-    gpt.to(DEVICE)
-    if name == "bf16":
+        every = torch.ones_like(prompts)
+        return partial(model.generate, prompts, attention_mask=every, **beam)
+    prepare_process()
+    gpt = GPT(**HUB[GPT2]).to(DEVICE).requires_grad_(False)
+    if name == "ours, bf16":
         gpt.cast_frozen_weights()
-    return lambda: gpt.generate(prompts.tolist(), beams=5, max_new=32)
+    return partial(gpt.generate, prompts.tolist(), beams=5, max_new=32)
 
 
-def row_gpt(options: argparse.Namespace) -> Figures:
-    """GPT-2 124M: a training step and beam search, against transformers and peft."""
-    figures: Figures = {}
-    titles = {
-        gpt_step: ("Training step, GPT-2 124M, 10 x (64 + 64) tokens", "peft, fp32", 10, "texts"),
-        gpt_beams: ("Beam search, 16 prompts, 5 beams", "transformers, fp32", 512, "tokens"),
-    }
-    for make, (title, peer, per, unit) in titles.items():
-        runs = {peer: partial(make, "peer", False), f"{peer}, our settings": partial(make, "peer")}
-        runs |= {f"ours, {dtype}": partial(make, dtype) for dtype in number_types()}
-        seconds, _ = measure(runs, options.rounds)
-        figures |= table(title, seconds, peer, per, unit)
-    print(f"\nCounted: {flops(gpt_step('fp32')) / 1e9:.0f} GFLOP a training step")
-    return figures
+def row_data(options: argparse.Namespace) -> None:
+    """An epoch of training batches: decoding in every epoch against the cache, in one thread."""
+    count = 320
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as root:
+        peers.photographs(Path(folder), count)
+        loader, cached = peers.decoding_loader(Path(folder), 64), load(folder, root, 224)
+        runs: dict[str, Callable] = {
+            "decoding in every epoch": lambda: deque(loader, maxlen=0),
+            "decoded once": lambda: deque(cached.batches("train", 64, seed=0), maxlen=0),
+        }
+        seconds = {name: seconds_of(run, 1.0 * options.rounds) for name, run in runs.items()}
+    table(f"{count} JPEGs of 500 x 375 to crops of 224 x 224", seconds, {}, count, "images")
 
 
-ROWS = {
-    "vit": row_vit,
-    "vpt": row_vpt,
-    "memory": row_memory,
-    "data": row_data,
-    "scaling": row_scaling,
-    "grid": row_grid,
-    "gpt": row_gpt,
-}
+def row_grid(options: argparse.Namespace) -> None:
+    """Eight runs of a grid on digits: a process per run against one for all."""
+    lr, wd = ("5", "2.5", "1", "0.5"), ("0.001", "0")
+    apart = [["train.py", "--no-final", "--lr", a, "--wd", b] for a, b in product(lr, wd)]
+    sweep = ["sweep.py", "--methods", "none", "--workers", "1", "--seed", "--lr", *lr, "--wd", *wd]
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, commands in {"a process per run": apart, "one process": [sweep]}.items():
+            start = time.perf_counter()
+            for script, *words in commands:
+                command = [sys.executable, str(ROOT / script), *words, "--epochs", "3"]
+                subprocess.run(command, cwd=folder, check=True, capture_output=True)
+            seconds[name] = time.perf_counter() - start
+    table("A grid of 8 runs of 3 epochs", seconds, {}, 8, "runs")
+
+
+ROWS = {"vit": row_vit, "vpt": row_vpt, "gpt": row_gpt, "data": row_data, "grid": row_grid}
 
 
 def run(options: argparse.Namespace) -> None:
     """The rows asked for. UsageError for one that there is not."""
-    unknown = [row for row in options.rows if row not in ROWS]
-    if unknown:
-        raise UsageError(f"no row '{unknown[0]}'; rows: {', '.join(ROWS)}")
+    for row in options.rows:
+        if row not in ROWS:
+            raise UsageError(f"no row '{row}'; rows: {', '.join(ROWS)}")
     for name, value in (("rounds", options.rounds), ("batch", min(options.batch))):
         if value < 1:
             raise UsageError(f"--{name} is {value}; it must be positive")
-    path = options.path
-    if path and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise UsageError(f"--json {path} cannot be a file; name one in a folder that exists")
-    threads = f"{torch.get_num_threads()} threads"
-    card = torch.cuda.get_device_name() if DEVICE == "cuda" else threads
+    card = f"{torch.get_num_threads()} threads"
+    options.modes = ["", ", compiled"] if options.compile else [""]
+    if DEVICE == "cuda":
+        card = torch.cuda.get_device_name()
+        options.modes = ["", ", compiled", ", CUDA graphs"]
     print(f"{platform.machine()}, {card}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
-    options.modes = ["", "compiled", "CUDA graphs"] if DEVICE == "cuda" else [""]
-    if options.compiled and DEVICE == "cpu":
-        options.modes.append("compiled")
-    figures: Figures = {}
     for row in options.rows or ROWS:
-        figures |= ROWS[row](options)
-    if path:
-        write(path, json.dumps(figures, indent=1).encode())
+        ROWS[row](options)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -398,15 +260,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("rows", nargs="*", metavar="row", help=f"{', '.join(ROWS)} (default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each candidate (default 3)")
     batch = [64, 128, 256] if DEVICE == "cuda" else [8]
-    parser.add_argument(
-        "--batch", type=int, nargs="+", default=batch, help="images per step (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--compile", dest="compiled", action="store_true", help="on a CPU: torch.compile too"
-    )
-    parser.add_argument(
-        "--json", dest="path", type=Path, help="also write the figures to this file"
-    )
+    words = "images per step (default: %(default)s)"
+    parser.add_argument("--batch", type=int, nargs="+", default=batch, help=words)
+    parser.add_argument("--compile", action="store_true", help="on a CPU: torch.compile too")
     return exit_code(lambda: run(parser.parse_args(argv)))
 
 

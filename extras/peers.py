@@ -1,163 +1,130 @@
 """What the benchmark compares with: the same work as existing repositories and libraries do it.
 
 Images: timm's ViT with the prefix concatenated inside its attention. As VPT and the paper's code
-are built: softmax written out, fp32. As a good engineer writes it today: fused attention, bf16
-autocast, compiled. VPT-deep with its prompts as tokens. torchvision's pipeline, which decodes every
-image in every epoch. Text: transformers and peft, if they are installed.
+are built: softmax written out, fp32. As one writes it today: fused attention, bf16, compiled.
+VPT-deep with its prompts as tokens. torchvision's pipeline, which decodes every image in every
+epoch. Texts: transformers and peft, if they are installed.
+
+A ViT of these is called as ours is, with a prefix that our `Prefix` has made: making it takes a
+thousandth of a step.
+
+Shapes: B images or texts, N tokens, D width, H heads, Dh = D / H, L prefix length, Q targets.
 """
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from data import normalise
-from gpt import GPT, converted
+from gpt import SIZES
 from support.files import UsageError
-from support.images import IMAGENET_MEAN, IMAGENET_STD
-from train import TunedModel, image_loss
-from vit import ViT
+from vit import IMAGENET_MEAN, IMAGENET_STD, ViT
 
 
-class Peer(nn.Module):
-    """Deep-share on timm's ViT-B/16, as existing repositories do it: a loop over the layers' maps.
+class Peer(VisionTransformer):
+    """timm's ViT with a prefix as existing repositories have it: softmax written out."""
 
-    modern: fused attention in place of the written-out one.
-    """
+    fused = False
+    prefix_init_scale = 0.05
+    normalise, cast_frozen_weights = ViT.normalise, ViT.cast_frozen_weights
 
-    def __init__(self, length: int, classes: int, modern: bool = False):
-        super().__init__()
-        self.vit = timm.create_model("vit_base_patch16_224", num_classes=0).requires_grad_(False)
-        self.modern = modern
-        dim = self.vit.embed_dim
-        self.p = nn.ParameterList(
-            nn.Parameter(torch.empty(length, dim).uniform_(-0.05, 0.05)) for _ in self.vit.blocks
-        )
-        self.map = nn.ModuleList(
-            nn.Sequential(nn.Linear(dim, 48), nn.Tanh(), nn.Linear(48, 2 * dim))
-            for _ in self.vit.blocks
-        )
-        self.head = nn.Linear(dim, classes)
+    def __init__(self, **sizes: int):
+        super().__init__(num_classes=0, **sizes)
+        self.n_layer, self.n_head = len(self.blocks), self.blocks[0].attn.num_heads
+        self.dim = self.embed_dim
+        for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
-    def attention(self, attn: nn.Module, x: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
-        B, N, D = x.shape
-        # 3 x (B, H, N, Dh)
-        q, k, v = attn.qkv(x).reshape(B, N, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-        k = torch.cat([prefix_k.to(k.dtype), k], dim=2)  # (B, H, L + N, Dh)
-        v = torch.cat([prefix_v.to(v.dtype), v], dim=2)  # (B, H, L + N, Dh)
-        if self.modern:
+    def forward(self, images: Tensor, prefix_kv: Tensor) -> Tensor:
+        """images (B, 3, size, size), prefix_kv (depth, 2, [B,] H, L, Dh) -> (B, D)."""
+        x = self._pos_embed(self.patch_embed(images))  # (B, N, D)
+        for block, layer_kv in zip(self.blocks, prefix_kv, strict=True):
+            x = self.layer(block, x, layer_kv)
+        return self.norm(x)[:, 0]
+
+    def layer(self, block: nn.Module, x: Tensor, prefix_kv: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)"""
+        # Queries, keys and values of the tokens, the prefix before them.
+        heads = (len(x), -1, 3, self.n_head, self.dim // self.n_head)
+        q, k, v = block.attn.qkv(block.norm1(x)).view(heads).permute(2, 0, 3, 1, 4)
+        prefix_k, prefix_v = (t.expand(len(x), -1, -1, -1) for t in prefix_kv.to(k.dtype))
+        k = torch.cat([prefix_k, k], dim=2)  # (B, H, L + N, Dh)
+        v = torch.cat([prefix_v, v], dim=2)  # (B, H, L + N, Dh)
+
+        # Attention and MLP.
+        if self.fused:
             out = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, Dh)
         else:
-            weights = ((q * attn.scale) @ k.transpose(-2, -1)).softmax(-1)  # (B, H, N, L + N)
+            weights = (q * block.attn.scale @ k.mT).softmax(-1)  # (B, H, N, L + N)
             out = weights @ v  # (B, H, N, Dh)
-        return attn.proj(out.transpose(1, 2).reshape(B, N, D))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        vit, B = self.vit, len(pixels)
-        x = embed(vit, normalise(pixels))  # (B, N, D)
-        for block, p, made in zip(vit.blocks, self.p, self.map, strict=True):
-            # The prefix of this layer, with a dropout mask per sample, cut into heads.
-            k, v = (t.expand(B, -1, -1) for t in made(p).chunk(2, dim=-1))  # 2 x (B, L, D)
-            k, v = F.dropout(k, 0.1, self.training), F.dropout(v, 0.1, self.training)
-            heads = [t.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2) for t in (k, v)]
-            x = x + self.attention(block.attn, block.norm1(x), *heads)
-            x = x + block.mlp(block.norm2(x))
-        return self.head(vit.norm(x)[:, 0].float())
-
-    @torch.no_grad()
-    def give_weights(self, model: TunedModel, vit: ViT) -> None:
-        """Our model with the same weights as this one."""
-        vit.load_state_dict(self.vit.state_dict())
-        model.head.load_state_dict(self.head.state_dict())
-        model.prefix.p.copy_(torch.stack(list(self.p)))  # (G, L, D)
-        for i in (0, 2):  # the map's two linear layers: (G, in, out) and (G, 1, out)
-            model.prefix.map[i].weight.copy_(torch.stack([m[i].weight.T for m in self.map]))
-            model.prefix.map[i].bias.copy_(torch.stack([m[i].bias[None] for m in self.map]))
+        x = x + block.attn.proj(out.transpose(1, 2).flatten(2))  # (B, N, D)
+        return x + block.mlp(block.norm2(x))  # (B, N, D)
 
 
-class PromptTokens(nn.Module):
+class ModernPeer(Peer):
+    """The same as one writes it today."""
+
+    fused = True
+
+
+class PromptTokens(Peer):
     """VPT-deep as VPT computes it: L prompt tokens beside the patches, replaced in every layer."""
 
-    def __init__(self, length: int, classes: int):
-        super().__init__()
-        self.vit = timm.create_model("vit_base_patch16_224", num_classes=0).requires_grad_(False)
-        depth, dim = len(self.vit.blocks), self.vit.embed_dim
-        self.p = nn.Parameter(torch.empty(depth, length, dim).uniform_(-0.05, 0.05))
-        self.head = nn.Linear(dim, classes)
+    def __init__(self, **sizes: int):
+        super().__init__(**sizes)
+        for block in self.blocks:
+            block.keys_values = nn.Identity()  # Simple-share hands its vectors over as they are
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        x = embed(self.vit, normalise(pixels))  # (B, N, D)
-        for i, (block, p) in enumerate(zip(self.vit.blocks, self.p, strict=True)):
-            prompts = F.dropout(p.expand(len(x), -1, -1), 0.1, self.training)  # (B, L, D)
-            patches = x[:, 1:] if i == 0 else x[:, 1 + len(p) :]  # the last layer's prompts go
-            x = block(torch.cat([x[:, :1], prompts.to(x.dtype), patches], dim=1))  # (B, L + N, D)
-        return self.head(self.vit.norm(x)[:, 0].float())
-
-    @torch.no_grad()
-    def give_weights(self, model: TunedModel, vit: ViT) -> None:
-        """Our Simple-share with the same weights as this one."""
-        vit.load_state_dict(self.vit.state_dict())
-        model.head.load_state_dict(self.head.state_dict())
-        model.prefix.p.copy_(self.p)  # (G, L, D)
+    def layer(self, block: nn.Module, x: Tensor, prompts: Tensor) -> Tensor:
+        """x (B, N, D) or (B, N + L, D), prompts ([B,] L, D) -> (B, N + L, D)"""
+        tokens = x[:, : self.pos_embed.shape[1]]  # (B, N, D): without the last layer's prompts
+        prompts = prompts.to(x.dtype).expand(len(x), -1, -1)  # (B, L, D)
+        return block(torch.cat([tokens, prompts], dim=1))  # (B, N + L, D)
 
 
-def embed(vit: nn.Module, images: Tensor) -> Tensor:
-    """timm's own beginning: CLS and patches with their positions, (B, N, D)."""
-    x = vit.patch_embed(images)  # (B, N - 1, D)
-    return torch.cat([vit.cls_token.expand(len(x), -1, -1), x], dim=1) + vit.pos_embed
+def transformers_gpt2(sizes: dict) -> nn.Module:
+    """transformers' GPT-2, frozen; its parameters are random. sizes: as GPT has them."""
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        raise UsageError(
+            "row gpt compares with transformers and peft: pip install transformers peft"
+        ) from None
+    config = GPT2Config(**{SIZES[name]: value for name, value in sizes.items()})
+    return GPT2LMHeadModel(config).eval().requires_grad_(False)
 
 
-def check_equal(
-    peer: Peer | PromptTokens, model: TunedModel, vit: ViT, pixels: Tensor, labels: Tensor
-) -> None:
-    """AssertionError if ours does not compute the peer's loss and gradients."""
-    theirs = F.cross_entropy(peer.eval()(pixels), labels)
-    loss, _ = image_loss(model.eval(), vit, False, pixels, labels)
-    theirs.backward()
-    loss.backward()
-    torch.testing.assert_close(loss, theirs, atol=1e-4, rtol=1e-4)
-    single = isinstance(peer.p, Tensor)
-    grad = peer.p.grad if single else torch.stack([p.grad for p in peer.p])
-    torch.testing.assert_close(model.prefix.p.grad, grad, atol=1e-5, rtol=1e-3)
-    torch.testing.assert_close(model.head.weight.grad, peer.head.weight.grad, atol=1e-4, rtol=1e-3)
-    for module in (peer, model):
-        module.zero_grad()
+def peft_gpt2(length: int, sizes: dict) -> nn.Module:
+    """peft's prefix-tuning of it, with the map of Li & Liang."""
+    gpt = transformers_gpt2(sizes)
+    from peft import PrefixTuningConfig, get_peft_model
+
+    warnings.simplefilter("ignore", FutureWarning)  # between the two of them
+    options = {"num_virtual_tokens": length, "prefix_projection": True, "encoder_hidden_size": 512}
+    tuned = get_peft_model(gpt, PrefixTuningConfig("CAUSAL_LM", **options))
+    tuned.head = None  # make_optimizer asks for it
+    return tuned
 
 
-def hold_in_bf16(model: nn.Module) -> None:
-    """Keep the frozen matrices in bf16, as ours are: autocast need not cast them."""
-    for module in model.vit.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            module.to(torch.bfloat16)
+def peft_loss(
+    tuned: nn.Module, _: None, bf16: bool, tokens: Tensor, positions: Tensor, labels: Tensor
+) -> tuple[Tensor, int]:
+    """As train.text_loss; the Q targets end the texts."""
+    Q = labels.shape[1]
+    every = torch.cat([torch.full_like(tokens[:, Q:], -100), labels], dim=1)  # (B, T)
+    return Q * tuned.eval()(input_ids=tokens, labels=every).loss, labels.numel()
 
 
-def step(model: nn.Module, pixels: Tensor, labels: Tensor, bf16: bool = False) -> Callable:
-    """A training step of a classifier that normalises its images itself, or of timm's whole ViT."""
-    trained = [p for p in model.train().parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=1e-6, momentum=0.9)
-    inputs = pixels if hasattr(model, "vit") else normalise(pixels)
-
-    def run() -> None:
-        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
-            loss = F.cross_entropy(model(inputs), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
-
-
-def photographs(folder: Path, count: int) -> float:
-    """JPEGs of 500 x 375 in ten classes, with detail at all scales; their mean size in kB."""
+def photographs(folder: Path, count: int) -> None:
+    """JPEGs of 500 x 375 in ten classes, with detail at all scales, of about 40 kB."""
     rng = np.random.default_rng(0)
     for i in range(count):
         picture = np.zeros((375, 500, 3))
@@ -167,46 +134,11 @@ def photographs(folder: Path, count: int) -> float:
         path = folder / f"class{i % 10}" / f"{i:04}.jpg"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray((picture / picture.max() * 255).astype(np.uint8)).save(path, quality=90)
-    return sum(path.stat().st_size for path in folder.rglob("*.jpg")) / count / 1e3
 
 
 def decoding_loader(folder: Path, batch: int) -> DataLoader:
     """FGVC's training images, decoded, resized and cut again in every epoch."""
     steps = [transforms.Resize(256), transforms.RandomCrop(224), transforms.RandomHorizontalFlip()]
     steps += [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-    return DataLoader(
-        ImageFolder(folder, transforms.Compose(steps)), batch, shuffle=True, drop_last=True
-    )
-
-
-def gpt2(length: int) -> tuple[nn.Module, nn.Module, GPT]:
-    """(transformers' GPT-2 of 124M random parameters, peft's prefix-tuning of it, our GPT)."""
-    try:
-        from peft import PrefixTuningConfig, get_peft_model
-        from transformers import GPT2Config, GPT2LMHeadModel
-    except ImportError:
-        raise UsageError(
-            "row gpt compares with transformers and peft: pip install transformers peft"
-        ) from None
-    warnings.simplefilter("ignore", FutureWarning)  # between the two of them
-    torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config()).eval().requires_grad_(False)
-    ours = GPT()
-    ours.load_state_dict(converted(theirs.state_dict()))
-    options = {"num_virtual_tokens": length, "prefix_projection": True, "encoder_hidden_size": 512}
-    return (
-        theirs,
-        get_peft_model(theirs, PrefixTuningConfig("CAUSAL_LM", **options)).eval(),
-        ours.requires_grad_(False),
-    )
-
-
-def peft_step(tuned: nn.Module, tokens: Tensor, source: int) -> Callable[[], None]:
-    labels = tokens.clone()
-    labels[:, :source] = -100
-
-    def step() -> None:
-        tuned(input_ids=tokens, labels=labels).loss.backward()
-        tuned.zero_grad()
-
-    return step
+    data = ImageFolder(folder, transforms.Compose(steps))
+    return DataLoader(data, batch, shuffle=True, drop_last=True)
