@@ -206,7 +206,7 @@ def beams(name: str) -> Callable[[], object]:
 
 def row_data(options: argparse.Namespace) -> None:
     """An epoch of training batches: decoding in every epoch against the cache, in one thread."""
-    count = 320
+    count = 128
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as root:
         peers.photographs(Path(folder), count)
         loader, cached = peers.decoding_loader(Path(folder), 64), load(folder, root, 224)

@@ -36,7 +36,7 @@ SHORT = {
     "train": "--epochs 1 --fraction 0.02 --beams 1",
     "sweep": "--epochs 1 --lr 1 --wd 0 --seed 1 2",
     "extras.theory": "--reps 2 --iterations 10",
-    "extras.bench": "memory --rounds 1",
+    "extras.bench": "data --rounds 1",
 }
 
 

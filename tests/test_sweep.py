@@ -9,13 +9,11 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from shlex import split
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,7 +22,7 @@ import data as data_module
 import sweep as sweep_module
 from data import TASKS, Dataset
 from support import report
-from sweep import METHODS, Cell, Worker, best, expand, main, parse, stages
+from sweep import METHODS, Worker, best, expand, main, parse, stages
 from train import Config, TunedModel, image_loss, resolve, train
 from vit import ViT
 
@@ -270,29 +268,6 @@ def test_a_dry_run_measures_this_machine_and_writes_nothing(words, tmp_path, cap
     assert main([*words, "--dry-run"]) == 0
     assert "measured here" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_sweep_over_tasks_with_other_numbers_of_classes_stays_compiled(
-    small, tmp_path, monkeypatch
-):
-    # More graphs of one function than this would be run uncompiled.
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    worker = Worker(1)
-    todo = parse(
-        [*GRID, "--backbone", small, "--device", "cpu", "--compile", "--data-dir", str(tmp_path)]
-    )
-    for classes in range(2, 8):
-        folder = tmp_path / f"task{classes}"
-        for i in range(10 * classes):
-            path = folder / str(i % classes) / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (20, 20), (i, i, i)).save(path)
-        cell = Cell(str(folder), "probe", None, 1.0)
-        config = sweep_module.configure(todo, cell, lr=1.0, wd=0.0, final=False)
-        assert (
-            worker.run(replace(config, out=str(tmp_path / "out" / folder.name)))["status"] == "done"
-        )
 
 
 def test_groups_expand_to_the_tasks_that_belong_to_them_and_every_task_comes_once():

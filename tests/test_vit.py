@@ -12,10 +12,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from memory import kept_for_backward
 from safetensors.torch import save_file
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
-from extras.measure import kept_for_backward
 from prefix import Prefix
 from vit import Attention, Block, ViT, attention
 

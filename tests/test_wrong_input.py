@@ -208,11 +208,6 @@ BENCH = {
     "nonsense": ("no row 'nonsense'", "rows: vit, "),
     "--rounds 0": ("--rounds is 0", "it must be positive"),
     "--rounds x": ("--rounds: invalid int value: 'x'", "see --help"),
-    "vit --json empty": ("--json empty cannot be a file", "name one in a folder that exists"),
-    "vit --json nowhere/x.json": (
-        "--json nowhere/x.json cannot be a file",
-        "name one in a folder that exists",
-    ),
 }
 SCORE = {
     "": ("the following arguments are required", "see --help"),
