@@ -127,7 +127,7 @@ def table(
 ) -> None:
     """Print a Markdown table. Ratios are to its first line.
 
-    Names are "WHO, DTYPE" or "WHO, DTYPE, MODE" if their operations are given.
+    Names are "WHO, DTYPE, MODE" if their operations are given.
     """
     columns = ["", "ms", f"{unit}/s", "ratio"]
     columns += ["peak MB"] if memory else []

@@ -7,6 +7,7 @@ from memory import foreseen
 
 from extras.bench import candidate
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the compiler and of CUDA
 KINDS = pytest.mark.parametrize("kind", ["images", "texts"])
 
 
@@ -35,13 +36,13 @@ def test_ten_steps_never_wait_for_the_gpu(kind):
 
 
 def test_the_vit_takes_flash_attention():
-    names = gpu_checks.attention_kernels(candidate("ours, bf16", 64))
+    names = gpu_checks.attention_kernels(candidate("ours, bf16, eager", 64))
     assert names
     assert all("flash" in name or "cudnn" in name for name in names), names
 
 
 def test_gpt_takes_a_fused_attention(capsys):
-    names = gpu_checks.attention_kernels(candidate("our GPT, bf16", 10))
+    names = gpu_checks.attention_kernels(candidate("our GPT, bf16, eager", 10))
     with capsys.disabled():
         print(f"\nGPT's attention: {', '.join(sorted(names))}")
     assert names
@@ -58,7 +59,7 @@ def test_peak_memory_is_what_the_page_foresees(length, column, batch):
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    step = candidate("ours, bf16", batch, length)
+    step = candidate("ours, bf16, eager", batch, length)
     step()
     step()
     peak = (torch.cuda.max_memory_allocated() - before) / 1e9
@@ -76,7 +77,7 @@ def test_a_killed_run_goes_on(tmp_path):
 
 def test_too_little_memory_ends_in_a_sentence_and_a_sweep_goes_on(tmp_path, capsys):
     torch.cuda.empty_cache()
-    limit = torch.cuda.memory_reserved() + 200e6  # full fine-tuning of 1,000 images needs more
+    limit = torch.cuda.memory_reserved() + 100e6  # full fine-tuning of 1,000 images keeps 169
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
     try:
         code, report = gpu_checks.out_of_memory("cuda", tmp_path)
