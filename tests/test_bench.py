@@ -157,6 +157,7 @@ def test_a_peer_computes_the_same_loss_and_gradients_and_a_difference_is_noticed
         bench.check_equal(who, batch)
 
 
+@pytest.mark.slow
 def test_the_page_foresees_the_memory_that_autograd_keeps(monkeypatch):
     # The kernel of CUDA keeps what the fused one keeps, but a CPU takes the other in bf16.
     fused = F.scaled_dot_product_attention
@@ -174,6 +175,7 @@ def test_the_page_foresees_the_memory_that_autograd_keeps(monkeypatch):
     assert set(foreseen()) == {10, 200}
 
 
+@pytest.mark.slow
 def test_a_candidate_has_a_process_of_its_own_whose_memory_and_faults_are_known_here():
     runs = {"little": partial(take, 1), "much": partial(take, 200)}
     seconds, memory = measure(runs, rounds=1, at_least=0.01)

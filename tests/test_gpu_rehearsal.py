@@ -9,6 +9,7 @@ import torch
 import train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["images", "texts"])
 def test_twenty_steps_learn_and_bf16_stays_near_them(kind):
     losses = gpu_checks.losses(kind, "cpu")
@@ -22,6 +23,7 @@ def test_the_profiler_names_the_kernels_of_attention(kind):
     assert any("flash" in name for name in gpu_checks.attention_kernels(step))
 
 
+@pytest.mark.slow
 def test_a_run_has_two_graphs_and_the_next_one_none(small, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     assert gpu_checks.graphs("cpu", small, tmp_path) == [(2, 0)] * 6
