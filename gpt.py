@@ -21,6 +21,7 @@ Sources: Radford et al. 2019 (GPT-2); Li & Liang, ACL 2021 (arXiv 2101.00190) fo
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from vit import Attention, attention, build, read_folder, read_weights
+from vit import Block, attention, build, by_layer, read_folder, read_weights, renamed
 
 HUB: dict[str, dict] = {  # sizes that differ from gpt2's
     "distilgpt2": {"n_layer": 6},
@@ -43,56 +44,43 @@ TINY_GPT |= {"encoding": "bytes"}
 TINY_GPT_WEIGHTS = Path(__file__).parent / "assets" / "tiny_gpt.safetensors"
 
 
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    attn_weights: list | None = None,
+    kv: list | None = None,
+) -> Tensor:
+    """Attention to all of the prefix and to some tokens: (B, H, T or Q, Dh).
+
+    seen: (T, T), True where a row's token sees a column's; (B, 1, Q, T) if only some tokens ask.
+    attn_weights, kv: lists that receive the weights, and the keys and values (2, B, H, L + T, Dh).
+    """
+    if kv is not None:
+        kv.append(torch.stack([k, v]))
+    if q.is_cuda and seen.ndim == 2 and attn_weights is None:
+        return flash_causal(q, k, v)
+    mask = F.pad(seen, (k.shape[2] - seen.shape[-1], 0), value=True)  # (.., L + T): L come first
+    return attention(q, k, v, mask, attn_weights)
+
+
+def flash_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same for all tokens, in a form that flash attention on CUDA computes.
+
+    That kernel takes no mask: all it can do is to show row i the columns 0 to i. So the prefix gets
+    L rows of its own, as if it asked too, and what they answer is thrown away.
+    """
+    # torch's causal_lower_right would do, but a compiled graph cannot make this kind of tensor.
+    length = k.shape[2] - q.shape[2]  # L
+    q = F.pad(q, (0, 0, length, 0))  # (B, H, L + T, Dh)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, L + T, Dh)
+    return out[:, :, length:]
+
+
 def pick(x: Tensor, positions: Tensor) -> Tensor:
     """The rows of x (B, T, D) at `positions` (B, Q) -> (B, Q, D)."""
     return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-class MLP(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))  # (B, Q, D)
-
-
-class Block(nn.Module):
-    def __init__(self, dim: int, n_head: int, eps: float):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=eps)
-        self.attn = Attention(dim, n_head)
-        self.norm2 = nn.LayerNorm(dim, eps=eps)
-        self.mlp = MLP(dim)
-
-    def forward(
-        self,
-        x: Tensor,
-        prefix_kv: Tensor | None,
-        mask: Tensor,
-        target_positions: Tensor | None = None,
-        attn_weights: list | None = None,
-        kv: list | None = None,
-    ) -> Tensor:
-        """(B, T, D) -> (B, T or Q, D). With target_positions only these tokens ask and go on."""
-        y = self.norm1(x)  # (B, T, D)
-        asking = None if target_positions is None else pick(y, target_positions)  # (B, Q, D)
-        x = x if target_positions is None else pick(x, target_positions)  # (B, T or Q, D)
-        x = x + self.attn(y, prefix_kv, asking, mask, attn_weights, kv)  # (B, T or Q, D)
-        return x + self.mlp(self.norm2(x))  # (B, T or Q, D)
-
-    def step(self, x: Tensor, kv: Tensor, mask: Tensor) -> Tensor:
-        """W more tokens x (B, W, D). kv (2, B, H, K, Dh): its last W columns are filled here."""
-        qkv = self.attn.heads(self.attn.qkv(self.norm1(x)))  # (3, B, H, W, Dh)
-        kv[..., -x.shape[1] :, :] = qkv[1:]
-        out = attention(qkv[0], kv[0], kv[1], mask)  # (B, H, W, Dh)
-        x = x + self.attn.proj(out.transpose(1, 2).flatten(2))  # (B, W, D)
-        return x + self.mlp(self.norm2(x))  # (B, W, D)
-
-    def keys_values(self, x: Tensor) -> Tensor:
-        """What this layer makes of any vectors (B, L, D), for Simple-share: (2, B, H, L, Dh)."""
-        return self.attn.keys_values(self.norm1(x))
 
 
 class GPT(nn.Module):
@@ -116,11 +104,9 @@ class GPT(nn.Module):
         encoding: str = "gpt2",
     ):
         super().__init__()
-        self.sizes = {
-            **{"vocab": vocab, "context": context, "dim": dim, "n_layer": n_layer},
-            **{"n_head": n_head, "eps": eps, "encoding": encoding},
-        }
-        self.vocab = self.n_tokens = min(vocab, TOKENS.get(encoding, vocab))  # V
+        self.sizes: dict = {"vocab": vocab, "context": context, "dim": dim, "n_layer": n_layer}
+        self.sizes |= {"n_head": n_head, "eps": eps, "encoding": encoding}
+        self.vocab = min(vocab, TOKENS.get(encoding, vocab))  # V
         self.context, self.encoding = context, encoding
         self.dim, self.n_layer, self.n_head = dim, n_layer, n_head
         self.inputs = {"encoding": encoding}  # what `data.load` has to make for this model
@@ -128,7 +114,9 @@ class GPT(nn.Module):
 
         self.wte = nn.Embedding(vocab, dim)
         self.wpe = nn.Parameter(torch.empty(context, dim).normal_(std=0.02))
-        self.blocks = nn.ModuleList(Block(dim, n_head, eps) for _ in range(n_layer))
+        self.blocks = nn.ModuleList(
+            Block(dim, n_head, 4 * dim, eps, "tanh") for _ in range(n_layer)
+        )
         self.norm = nn.LayerNorm(dim, eps=eps)
 
         # GPT-2's initialisation: the 2 n_layer terms of the residual stream add up to one.
@@ -163,23 +151,27 @@ class GPT(nn.Module):
             raise ValueError(f"{count} exceed the context of {self.context}")
         x = self.wte(tokens) + self.wpe[length:end]  # (B, T, D)
 
-        # A token sees the prefix, itself and what came before it.
-        columns = torch.arange(end, device=tokens.device)
-        mask = columns <= columns[length:, None]  # (T, L + T)
-        last_mask = mask
-        if target_positions is not None:
-            last_mask = columns <= length + target_positions[:, None, :, None]  # (B, 1, Q, L + T)
+        # In all layers but the last every token asks, and sees itself and what came before it.
+        columns = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
+        seen = columns <= columns[:, None]  # (T, T)
+        attention_fn = partial(causal_attention, seen=seen, attn_weights=attn_weights, kv=kv)
+        *early, last = self.blocks
+        layers = by_layer(prefix_kv, self.n_layer)  # n_layer x (2, [B,] H, L, Dh), or None
+        for block, layer_kv in zip(early, layers, strict=False):
+            x = block(x, layer_kv, attention_fn)  # (B, T, D)
 
-        # Only the target positions go through the last block. A layer without a prefix has no
-        # columns for it.
-        layers = () if prefix_kv is None else prefix_kv.unbind()  # depth x (2, [B,] H, L, Dh)
-        for i, block in enumerate(self.blocks):
-            last = i == self.n_layer - 1
-            layer_kv = layers[i] if i < len(layers) else None
-            seen = (last_mask if last else mask)[..., 0 if layer_kv is not None else length :]
-            positions = target_positions if last else None
-            x = block(x, layer_kv, seen, positions, attn_weights, kv)  # (B, T, D); last (B, Q, D)
-        return F.linear(self.norm(x), self.wte.weight[: self.n_tokens])  # (B, T or Q, V)
+        # In the last one only the target positions ask, and go on.
+        choose = None
+        if target_positions is not None:
+            seen = columns <= target_positions[:, None, :, None]  # (B, 1, Q, T)
+            attention_fn = partial(attention_fn, seen=seen)
+            choose = partial(pick, positions=target_positions)
+        x = last(x, layers[-1], attention_fn, choose)  # (B, T or Q, D)
+        return self.logits(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The tied head: (B, T, D) -> (B, T, V)."""
+        return F.linear(self.norm(x), self.wte.weight[: self.vocab])
 
     def generate(
         self,
@@ -187,14 +179,12 @@ class GPT(nn.Module):
         prefix_kv: Tensor | None = None,
         beams: int = 1,
         max_new: int = 100,
-        length_penalty: float = 1.0,
         eos: int = 50256,
         banned: tuple[int, ...] = (),
     ) -> list[list[int]]:
         """The tokens that follow each prompt, without eos: greedy for one beam, else beam search.
 
-        length_penalty: a finished text of n tokens scores log p / n**length_penalty; a value above
-            0 favours long ones.
+        A finished text of n tokens scores log p / n.
         banned: tokens that are never written.
         Raises ValueError if a prompt is empty, or if its text would not fit the context.
         """
@@ -205,9 +195,11 @@ class GPT(nn.Module):
         if longest > self.context:
             need = f"prefix, prompt and {max_new} new tokens need {longest} positions"
             raise ValueError(f"{need} of {self.context}")
+
+        # Frozen weights in bf16 need autocast, for the norms stay fp32.
         device, cast = self.wpe.device.type, self.wte.weight.dtype == torch.bfloat16
         with torch.autocast(device, torch.bfloat16) if cast else nullcontext():
-            return search(self, prompts, prefix_kv, beams, max_new, length_penalty, eos, banned)
+            return search(self, prompts, prefix_kv, beams, max_new, eos, banned)
 
     @torch.no_grad()
     def cast_frozen_weights(self) -> None:
@@ -236,7 +228,11 @@ class GPT(nn.Module):
         if name == "scratch_gpt":
             return cls(**TINY_GPT)
         if name == "tiny_gpt" or name.endswith(".safetensors"):
-            return cls.from_file(TINY_GPT_WEIGHTS if name == "tiny_gpt" else name)
+            path = TINY_GPT_WEIGHTS if name == "tiny_gpt" else Path(name)
+            state, metadata = read_weights(path)
+            if "gpt" not in metadata:
+                raise ValueError(f"{path} holds no GPT of this repository; give a folder for one")
+            return build(cls, json.loads(metadata["gpt"]), state, path)
         if Path(name).is_dir():
             sizes = read_config(Path(name, "config.json"))
             return build(cls, sizes, converted(read_folder(Path(name))), name)
@@ -245,83 +241,15 @@ class GPT(nn.Module):
         short = name.removeprefix("openai-community/").removeprefix("distilbert/")
         if short not in HUB:
             names = ", ".join(["tiny_gpt", "scratch_gpt", *HUB])
-            raise ValueError(
-                f"no GPT '{name}'; possible are {names}, a folder or a .safetensors file"
-            )
+            raise ValueError(f"no GPT '{name}'; possible are {names}, a folder or a .safetensors")
         if not pretrained:
             return cls(**HUB[short])
         owner = "distilbert" if short == "distilgpt2" else "openai-community"
-        path = hf_hub_download(f"{owner}/{short}", "model.safetensors")
+        path = Path(hf_hub_download(f"{owner}/{short}", "model.safetensors"))
         return build(cls, HUB[short], converted(read_weights(path)[0]), path)
 
-    @classmethod
-    def from_file(cls, path: str | Path) -> "GPT":
-        """A GPT that `train.py --tune full` saved, its sizes in the metadata."""
-        state, metadata = read_weights(path)
-        if "gpt" not in metadata:
-            raise ValueError(
-                f"{path} holds no GPT of this repository; for one of transformers give its folder"
-            )
-        return build(cls, json.loads(metadata["gpt"]), state, path)
 
-
-OURS = {  # what GPT-2's files call the parts of this model
-    "ln_1": "norm1",
-    "attn.c_attn": "attn.qkv",
-    "attn.c_proj": "attn.proj",
-    "ln_2": "norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-    "ln_f": "norm",
-    "wpe.weight": "wpe",
-}
-
-
-def converted(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """GPT-2's tensors under our names. Its linear layers keep (in, out), ours (out, in)."""
-    state = {}
-    for key, value in theirs.items():
-        # Masks and the tied head are no parameters of this model.
-        name = key.removeprefix("transformer.")
-        if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue
-        if ".c_" in name and name.endswith("weight"):
-            value = value.mT.contiguous()
-        for old, new in OURS.items():
-            name = name.replace(old, new)
-        state["blocks" + name.removeprefix("h") if name.startswith("h.") else name] = value
-    head = theirs.get("lm_head.weight")
-    if head is not None and "wte.weight" in state and not torch.equal(head, state["wte.weight"]):
-        raise ValueError("its lm_head differs from wte; gpt.py holds a GPT-2 with a tied head only")
-    return state
-
-
-SIZES = {"vocab": "vocab_size", "context": "n_positions", "dim": "n_embd"}
-SIZES |= {"n_layer": "n_layer", "n_head": "n_head", "eps": "layer_norm_epsilon"}
-PLAIN = {  # what a config.json may say of a plain GPT-2; the first value is transformers' default
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "tie_word_embeddings": (True,),
-    "add_cross_attention": (False,),
-}
-
-
-def read_config(path: Path) -> dict:
-    """The sizes that a config.json of transformers names; the others are gpt2's, as they are there.
-
-    Raises ValueError if it describes no GPT-2.
-    """
-    try:
-        config = json.loads(path.read_text())
-        sizes = {ours: config[theirs] for ours, theirs in SIZES.items() if theirs in config}
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
-    for name, possible in (PLAIN | {"n_inner": (None, 4 * sizes.get("dim", 768))}).items():
-        if config.get(name, possible[0]) not in possible:
-            raise ValueError(f"{path} says {name} {config[name]}; gpt.py holds a plain GPT-2 only")
-    return sizes
+# Writing texts.
 
 
 class Cache:
@@ -360,28 +288,22 @@ class Cache:
         self.free -= width
         x = self.model.wte(token) + self.model.wpe[self.position].unsqueeze(1)  # (B, W, D)
         for block, layer in zip(self.model.blocks, self.kv, strict=True):
-            filled = layer.narrow(-2, 0, layer.shape[-2] - self.free)  # (2, B, H, K, Dh)
-            mask = self.seen[:, None, :, -filled.shape[-2] :]  # without a prefix L columns fewer
-            x = block.step(x, filled, mask)
+            x = block(x, attention_fn=partial(self.attention, layer))  # (B, W, D)
         self.position = self.position + 1
-        return F.linear(self.model.norm(x), self.model.wte.weight[: self.model.n_tokens])
+        return self.model.logits(x)
 
-    def keep(self, rows: list[int]) -> list[int]:
-        """Only these prompts stay, in the order that is returned.
+    def attention(self, layer: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of W new tokens, whose k and v go into the layer's cache: (B, H, W, Dh)."""
+        filled = layer.narrow(-2, 0, layer.shape[-2] - self.free)  # (2, B, H, K, Dh)
+        filled[..., -q.shape[2] :, :] = torch.stack([k, v])
+        mask = self.seen[:, None, :, -filled.shape[-2] :]  # without a prefix L columns fewer
+        return attention(q, filled[0], filled[1], mask)
 
-        The last ones move to the places of those that go, so that little is copied.
-        """
-        count = len(rows)
-        holes = sorted(set(range(count)) - set(rows))
-        movers = [row for row in rows if row >= count]
-        order = list(range(count))
-        for hole, mover in zip(holes, movers, strict=True):
-            order[hole] = mover
-        for layer in self.kv:
-            layer[:, holes] = layer[:, movers]
-        self.kv = [layer[:, :count] for layer in self.kv]
-        self.seen, self.position = self.seen[order], self.position[order]
-        return order
+    def keep(self, rows: list[int]) -> None:
+        """Only these prompts stay."""
+        for i, layer in enumerate(self.kv):
+            self.kv[i] = layer[:, rows]
+        self.seen, self.position = self.seen[rows], self.position[rows]
 
 
 @torch.inference_mode()
@@ -391,7 +313,6 @@ def search(
     prefix_kv: Tensor | None,
     beams: int,
     max_new: int,
-    length_penalty: float,
     eos: int,
     banned: tuple[int, ...],
 ) -> list[list[int]]:
@@ -419,7 +340,7 @@ def search(
 
         # Texts that end are finished, if they are among the best `beams`.
         ends = (token == eos) | (n == max_new)
-        worth = top / n**length_penalty
+        worth = top / n
         for row, i in ends[:, :beams].nonzero().tolist():
             best = found[live[row]]
             best.append((worth[row, i].item(), text[row, i].tolist()))
@@ -432,14 +353,71 @@ def search(
         text = text.take_along_dim(chosen.unsqueeze(-1), dim=1)  # (B, beams, n)
 
         # A prompt leaves when no beam can beat the worst of its `beams` finished texts.
-        hope = (scores[:, 0] / n**length_penalty).tolist()
+        hope = (scores[:, 0] / n).tolist()
         rows = [r for r, p in enumerate(live) if len(found[p]) < beams or hope[r] > found[p][-1][0]]
         if n == max_new or not rows:
             break
         if len(rows) < len(live):
-            order = cache.keep(rows)
-            live = [live[row] for row in order]
-            parent, token, text, scores = (t[order] for t in (parent, token, text, scores))
+            cache.keep(rows)
+            live = [live[row] for row in rows]
+            parent, token, text, scores = (t[rows] for t in (parent, token, text, scores))
         logits = cache.step(parent, token)
     best = [texts[0][1] for texts in found]
     return [text[:-1] if text[-1] == eos else text for text in best]
+
+
+# Reading other people's weights.
+
+# What GPT-2's files call the parts of this model.
+OURS = """
+h.           blocks.
+ln_1         norm1
+attn.c_attn  attn.qkv
+attn.c_proj  attn.proj
+ln_2         norm2
+mlp.c_fc     mlp.fc1
+mlp.c_proj   mlp.fc2
+ln_f         norm
+wpe.weight   wpe
+"""
+SIZES = {"vocab": "vocab_size", "context": "n_positions", "dim": "n_embd"}
+SIZES |= {"n_layer": "n_layer", "n_head": "n_head", "eps": "layer_norm_epsilon"}
+# What a config.json says of a plain GPT-2, or does not say: transformers' default comes first.
+PLAIN = """
+model_type                       gpt2
+activation_function              gelu_new gelu_pytorch_tanh
+scale_attn_weights               True
+scale_attn_by_inverse_layer_idx  False
+tie_word_embeddings              True
+"""
+
+
+def read_config(path: Path) -> dict:
+    """The sizes that a config.json of transformers names; the others are gpt2's, as they are there.
+
+    Raises ValueError if it describes no GPT-2.
+    """
+    config = json.loads(path.read_text())
+    for line in PLAIN.strip().splitlines():
+        name, *possible = line.split()
+        value = str(config.get(name, possible[0]))
+        if value not in possible:
+            raise ValueError(f"{path} says {name} {value}; gpt.py holds a plain GPT-2 only")
+    return {ours: config[theirs] for ours, theirs in SIZES.items() if theirs in config}
+
+
+def converted(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """GPT-2's tensors under our names. Its linear layers keep (in, out), ours (out, in)."""
+    state = {}
+    for key, value in theirs.items():
+        if key.endswith((".attn.bias", ".attn.masked_bias")):
+            continue  # masks, in older files
+        if ".c_" in key and key.endswith("weight"):
+            value = value.mT.contiguous()
+        state[renamed(key.removeprefix("transformer."), OURS)] = value
+
+    # The head is the table of tokens once more.
+    head = state.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, state.get("wte.weight", head)):
+        raise ValueError("its lm_head differs from wte; gpt.py holds a GPT-2 with a tied head only")
+    return state

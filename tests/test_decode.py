@@ -68,10 +68,7 @@ SETTINGS = [
     {"beams": 1, "banned": (5, 7, 11)},
     {"beams": 5},
     {"beams": 5, "banned": (5, 7, 11)},
-    {"beams": 5, "length_penalty": 0.6},
-    {"beams": 5, "length_penalty": 2.0, "banned": (5, 7, 11)},
-    {"beams": 2, "length_penalty": 0.0},
-    {"beams": 3, "length_penalty": -1.0},
+    {"beams": 2},
 ]
 
 
@@ -96,14 +93,10 @@ def test_texts_equal_those_of_transformers_batched_and_one_by_one(
     assert not {5, 7, 11} & {token for text in ours for token in text} or "banned" not in settings
 
 
-def test_beams_and_length_penalties_matter(double_pair, prompts):
+def test_beams_matter(double_pair, prompts):
     _, model = double_pair
-    texts = [
-        model.generate(prompts, beams=beams, max_new=16, length_penalty=penalty, eos=EOS)
-        for beams, penalty in ((1, 1.0), (5, 1.0), (5, 0.6), (5, 2.0))
-    ]
-    assert all(a != b for i, a in enumerate(texts) for b in texts[:i])
-    assert sum(map(len, texts[2])) < sum(map(len, texts[1])) < sum(map(len, texts[3]))
+    one, two, five = (model.generate(prompts, beams=n, max_new=16, eos=EOS) for n in (1, 2, 5))
+    assert one != two != five != one
 
 
 @pytest.mark.parametrize("depth", [0, 1, LAYERS])
@@ -130,9 +123,8 @@ def test_the_cached_decoder_equals_the_uncached_forward_at_every_step(depth, pai
                 torch.testing.assert_close(logits[row, w], expected, atol=1e-4, rtol=0)
         if step in (2, 4):  # prompts leave the batch
             rows = [0, 3] if step == 2 else [1]
-            order = cache.keep(rows)
-            assert sorted(order) == rows
-            texts = [texts[row] for row in order]
+            cache.keep(rows)
+            texts = [texts[row] for row in rows]
     assert texts[0][0] != texts[0][1] != texts[0][2]
     assert not torch.allclose(logits[0, 0], logits[0, 1], atol=1e-2)
 
