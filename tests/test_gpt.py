@@ -7,12 +7,16 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import save_file
+from test_vit import Moves, fake_cuda
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.bias import causal_lower_right
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 import gpt as module
-from gpt import GPT, causal_attention, converted
+from gpt import GPT, causal_attention, converted, flash_causal
 from prefix import SHARE, Prefix
 from vit import Attention
 
@@ -252,16 +256,67 @@ def test_bf16_is_close_even_where_all_logits_are_far_from_zero():
     assert errors[1].std() > 0.1  # if wte is only cast
 
 
-def test_torch_compile_finds_no_graph_break():
+@pytest.mark.parametrize("length", [0, L])
+def test_causal_attention_is_a_boolean_mask_and_flash_computes_the_same(length):
+    q, (k, v) = torch.randn(3, H, 20, 8), torch.randn(2, 3, H, length + 20, 8)
+    inputs = [x.requires_grad_() for x in (q, k.clone(), v.clone())]
+    columns = torch.arange(length + 20)
+    mask = columns <= columns[length:, None]  # (T, L + T)
+    seen = mask[:, length:]  # of the tokens alone
+    forms = {
+        "mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask),
+        "ours": partial(causal_attention, seen=seen),
+        "torch's": lambda q, k, v: F.scaled_dot_product_attention(
+            q, k, v, causal_lower_right(20, length + 20)
+        ),
+        "flash": flash_causal,
+        "later": partial(causal_attention, seen=seen | True),
+    }
+    results = {}
+    for name, form in forms.items():
+        out = form(*inputs)
+        results[name] = [out, *torch.autograd.grad(out.square().sum(), inputs)]
+    torch.testing.assert_close(results["ours"], results["mask"], atol=0, rtol=0)
+    torch.testing.assert_close(results["torch's"], results["mask"], atol=0, rtol=0)
+    torch.testing.assert_close(results["flash"], results["mask"], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(results["later"][0], results["mask"][0], atol=1e-3)
+
+
+def test_on_cuda_all_layers_but_the_last_can_take_flash_attention(monkeypatch):
+    asked, kernel = [], F.scaled_dot_product_attention
+
+    def spy(q, k, v, mask=None, is_causal=False):
+        asked.append((q.shape[2], k.shape[2], mask is not None, is_causal))
+        return kernel(q, k, v, mask, is_causal=is_causal)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    with fake_cuda() as cuda:
+        with cuda:
+            model = GPT(V, 64, D, LAYERS, H)
+            prefix = Prefix(LAYERS, H, D, L, per_layer=False)
+            tokens, at = torch.zeros(4, 20, dtype=torch.long), torch.zeros(4, 7, dtype=torch.long)
+        with Moves() as moves:
+            assert model(tokens, prefix(model), at).is_cuda
+            assert model(tokens, prefix(model)[:1]).is_cuda
+    assert moves.found == []
+    flash, last = (L + 20, L + 20, False, True), (7, L + 20, True, False)
+    plain = (20, 20, False, True)
+    assert asked == [flash, flash, last, flash, plain, plain]
+
+
+@pytest.mark.slow
+def test_torch_compile_makes_one_graph_of_all_lengths():
     model = same(random_gpt2(n_layer=2))
-    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
-    for batch, count in ((2, 20), (3, 17)):
-        tokens, at, prefix = (
-            torch.randint(V, (batch, count)),
-            torch.randint(count, (batch, 5)),
-            some_prefix()[:2],
-        )
+    graphs, flash = (CompileCounterWithBackend(name) for name in ("eager", "aot_eager"))
+    compiled = torch.compile(model, fullgraph=True, backend=graphs, dynamic=True)
+    attention = torch.compile(flash_causal, fullgraph=True, backend=flash, dynamic=True)
+    for batch, count in ((6, 20), (7, 17)):  # no size equal to another
+        tokens, at = torch.randint(V, (batch, count)), torch.randint(count, (batch, 9))
+        prefix = some_prefix()[:2]
         torch.testing.assert_close(compiled(tokens, prefix, at), model(tokens, prefix, at))
+        q, k = torch.randn(batch, H, count, 8), torch.randn(batch, H, L + count, 8)
+        torch.testing.assert_close(attention(q, k, k), flash_causal(q, k, k))
+    assert graphs.frame_count == flash.frame_count == 1
 
 
 def test_random_weights_are_drawn_as_gpt2_s():
@@ -392,7 +447,7 @@ def test_a_gpt2_in_shards_is_read_and_other_files_are_refused(pair, tmp_path):
     source.save_pretrained(tmp_path / "bin")
     (tmp_path / "bin" / "model.safetensors").unlink()
     torch.save(source.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="no model.safetensors.*save_pretrained"):
+    with pytest.raises(ValueError, match=r"no model\.safetensors.*save_pretrained"):
         GPT.load(str(tmp_path / "bin"))
     next(iter(sorted((tmp_path / "shards").glob("*.safetensors")))).unlink()
     with pytest.raises(ValueError, match="Missing key"):
