@@ -1,4 +1,4 @@
-"""GPT-2 written out by hand: the attention of vit.py behind a causal mask, and the same prefix.
+"""GPT-2 written out by hand: the layers of vit.py behind a causal mask, and the same prefix.
 
 A text becomes T tokens, each a vector of width D from a table, plus one for its position. In a
 block every token looks at itself and at what came before it, never at what comes after, so the T
@@ -11,7 +11,8 @@ before theirs (so do Li & Liang, transformers and peft); hence L + T must fit th
                          1 1 1    1 0 0
     mask (T, L + T)      1 1 1    1 1 0
                          1 1 1    1 1 1
-The second half of the file writes texts: a cache of keys and values, and beam search.
+The second half of the file writes texts: a cache of keys and values, and beam search. The last part
+reads the files of others.
 
 Shapes: B texts, T tokens, Q target positions, V vocabulary, D width, H heads, Dh = D / H, L prefix
 length; while writing, W beams of a text and K cached columns.
@@ -33,10 +34,10 @@ from torch.nn.utils.rnn import pad_sequence
 from vit import Block, attention, build, by_layer, read_folder, read_weights, renamed
 
 HUB: dict[str, dict] = {  # sizes that differ from gpt2's
-    "distilgpt2": {"n_layer": 6},
-    "gpt2": {},
-    "gpt2-medium": {"dim": 1024, "n_layer": 24, "n_head": 16},
-    "gpt2-large": {"dim": 1280, "n_layer": 36, "n_head": 20},
+    "openai-community/gpt2": {},
+    "openai-community/gpt2-medium": {"dim": 1024, "n_layer": 24, "n_head": 16},
+    "openai-community/gpt2-large": {"dim": 1280, "n_layer": 36, "n_head": 20},
+    "distilbert/distilgpt2": {"n_layer": 6},
 }
 TOKENS = {"gpt2": 50257, "bytes": 257}  # how many tokens an encoding has
 TINY_GPT: dict = {"vocab": 257, "context": 512, "dim": 128, "n_layer": 4, "n_head": 4}
@@ -59,19 +60,23 @@ def causal_attention(
     """
     if kv is not None:
         kv.append(torch.stack([k, v]))
+
+    # Flash attention takes no mask, so it needs a form of its own.
     if q.is_cuda and seen.ndim == 2 and attn_weights is None:
         return flash_causal(q, k, v)
-    mask = F.pad(seen, (k.shape[2] - seen.shape[-1], 0), value=True)  # (.., L + T): L come first
+
+    # The prefix comes first, and every token sees all of it.
+    mask = F.pad(seen, (k.shape[2] - seen.shape[-1], 0), value=True)  # (.., L + T)
     return attention(q, k, v, mask, attn_weights)
 
 
 def flash_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same for all tokens, in a form that flash attention on CUDA computes.
+    """The same if all tokens ask, in a form that flash attention on CUDA computes.
 
-    That kernel takes no mask: all it can do is to show row i the columns 0 to i. So the prefix gets
-    L rows of its own, as if it asked too, and what they answer is thrown away.
+    That kernel knows one pattern: row i sees columns 0 to i. So the prefix gets L rows of its own,
+    and their outputs are thrown away.
     """
-    # torch's causal_lower_right would do, but a compiled graph cannot make this kind of tensor.
+    # PyTorch's causal_lower_right means the same, but torch.compile cannot make it in a graph.
     length = k.shape[2] - q.shape[2]  # L
     q = F.pad(q, (0, 0, length, 0))  # (B, H, L + T, Dh)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, L + T, Dh)
@@ -104,6 +109,8 @@ class GPT(nn.Module):
         encoding: str = "gpt2",
     ):
         super().__init__()
+
+        # What others ask about this model.
         self.sizes: dict = {"vocab": vocab, "context": context, "dim": dim, "n_layer": n_layer}
         self.sizes |= {"n_head": n_head, "eps": eps, "encoding": encoding}
         self.vocab = min(vocab, TOKENS.get(encoding, vocab))  # V
@@ -112,6 +119,7 @@ class GPT(nn.Module):
         self.inputs = {"encoding": encoding}  # what `data.load` has to make for this model
         self.prefix_init_scale = 3**0.5  # uniform, with the variance of Li & Liang's N(0, 1)
 
+        # What is learned: a vector per token and per position, the layers, the last norm.
         self.wte = nn.Embedding(vocab, dim)
         self.wpe = nn.Parameter(torch.empty(context, dim).normal_(std=0.02))
         self.blocks = nn.ModuleList(
@@ -144,6 +152,7 @@ class GPT(nn.Module):
         attn_weights: a list that receives every layer's attention weights (B, H, T or Q, L + T).
         kv: a list that receives every layer's keys and values (2, B, H, L + T, Dh).
         """
+        # Positions are counted from L, as if the prefix were a text before the tokens.
         length = 0 if prefix_kv is None else prefix_kv.shape[-2]  # L
         end = length + tokens.shape[1]  # L + T
         if end > self.context:
@@ -173,6 +182,7 @@ class GPT(nn.Module):
         """The tied head: (B, T, D) -> (B, T, V)."""
         return F.linear(self.norm(x), self.wte.weight[: self.vocab])
 
+    @torch.inference_mode()
     def generate(
         self,
         prompts: Sequence[list[int]],
@@ -188,6 +198,7 @@ class GPT(nn.Module):
         banned: tokens that are never written.
         Raises ValueError if a prompt is empty, or if its text would not fit the context.
         """
+        # What cannot be written is refused before anything is computed.
         if not all(prompts):
             raise ValueError("a prompt is empty; a text needs a token to start from")
         length = 0 if prefix_kv is None else prefix_kv.shape[-2]
@@ -199,7 +210,8 @@ class GPT(nn.Module):
         # Frozen weights in bf16 need autocast, for the norms stay fp32.
         device, cast = self.wpe.device.type, self.wte.weight.dtype == torch.bfloat16
         with torch.autocast(device, torch.bfloat16) if cast else nullcontext():
-            return search(self, prompts, prefix_kv, beams, max_new, eos, banned)
+            cache = Cache(self, prompts, prefix_kv, room=beams * (max_new - 1))
+            return search(cache, beams, max_new, eos, banned)
 
     @torch.no_grad()
     def cast_frozen_weights(self) -> None:
@@ -209,9 +221,12 @@ class GPT(nn.Module):
         they have in common is the mean of wte, and softmax does not see it. So the mean moves from
         wte to wpe; their sum stays as it was.
         """
+        # wte + wpe stays as it was.
         mean = self.wte.weight.mean(0)  # (D,)
         self.wte.weight -= mean
         self.wpe += mean
+
+        # Products are computed in bf16; what is added up, in fp32.
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 module.to(torch.bfloat16)
@@ -225,6 +240,7 @@ class GPT(nn.Module):
         pretrained: False gives the hub's names random weights and needs no download.
         Raises ValueError, in one sentence, for a file or a model that is not a GPT-2.
         """
+        # What is shipped, and what this repository trained: the file tells its sizes.
         if name == "scratch_gpt":
             return cls(**TINY_GPT)
         if name == "tiny_gpt" or name.endswith(".safetensors"):
@@ -233,20 +249,21 @@ class GPT(nn.Module):
             if "gpt" not in metadata:
                 raise ValueError(f"{path} holds no GPT of this repository; give a folder for one")
             return build(cls, json.loads(metadata["gpt"]), state, path)
+
+        # A folder of transformers.
         if Path(name).is_dir():
             sizes = read_config(Path(name, "config.json"))
             return build(cls, sizes, converted(read_folder(Path(name))), name)
 
         # The hub's names, with their owner or without.
-        short = name.removeprefix("openai-community/").removeprefix("distilbert/")
-        if short not in HUB:
-            names = ", ".join(["tiny_gpt", "scratch_gpt", *HUB])
-            raise ValueError(f"no GPT '{name}'; possible are {names}, a folder or a .safetensors")
-        if not pretrained:
-            return cls(**HUB[short])
-        owner = "distilbert" if short == "distilgpt2" else "openai-community"
-        path = Path(hf_hub_download(f"{owner}/{short}", "model.safetensors"))
-        return build(cls, HUB[short], converted(read_weights(path)[0]), path)
+        for hub_id, sizes in HUB.items():
+            if name in (hub_id, hub_id.split("/")[1]):
+                if not pretrained:
+                    return cls(**sizes)
+                path = Path(hf_hub_download(hub_id, "model.safetensors"))
+                return build(cls, sizes, converted(read_weights(path)[0]), path)
+        names = ", ".join(["tiny_gpt", "scratch_gpt", *HUB])
+        raise ValueError(f"no GPT '{name}'; possible are {names}, a folder or a .safetensors")
 
 
 # Writing texts.
@@ -306,44 +323,41 @@ class Cache:
         self.seen, self.position = self.seen[rows], self.position[rows]
 
 
-@torch.inference_mode()
 def search(
-    model: GPT,
-    prompts: Sequence[list[int]],
-    prefix_kv: Tensor | None,
-    beams: int,
-    max_new: int,
-    eos: int,
-    banned: tuple[int, ...],
+    cache: Cache, beams: int, max_new: int, eos: int, banned: tuple[int, ...]
 ) -> list[list[int]]:
     """Beam search for `generate`; with one beam it is greedy. W is 1 at first, then `beams`."""
-    cache = Cache(model, prompts, prefix_kv, beams * (max_new - 1))
-    logits = cache.logits
-    live = list(range(len(prompts)))  # which prompt a row belongs to
-    found: list[list[tuple[float, list[int]]]] = [
-        [] for _ in prompts
-    ]  # (score, tokens), best first
-    scores = torch.zeros(len(prompts), 1, device=logits.device)  # (B, W): log p of every beam
-    text = scores.unsqueeze(-1)[..., :0].long()  # (B, W, 0): what every beam wrote
+    # Every prompt starts with one beam, which has written nothing.
+    logits = cache.logits  # (B, 1, V)
+    count, device = len(logits), logits.device
+    scores = torch.zeros(count, 1, device=device)  # (B, W): log p of every beam
+    text = torch.zeros(count, 1, 0, dtype=torch.long, device=device)  # (B, W, n): its tokens
+
+    # Which prompt a row of the batch belongs to, and the finished texts of every prompt, as
+    # (score, tokens), the best one first.
+    live = list(range(count))
+    found: list[list[tuple[float, list[int]]]] = [[] for _ in live]
     for n in range(1, max_new + 1):
-        # The best ways to go on. Twice as many as beams, as up to half of them may end; a greedy
-        # search needs the best one, and no log p.
+        # log p of every token; a greedy search needs none, only the best token.
         logits = logits.float() if beams == 1 else F.log_softmax(logits.float(), -1)
         logits[..., list(banned)] = -torch.inf
+
+        # The best ways to go on: twice as many as beams, as up to half of them may end.
         if beams == 1:
             top, index = logits.flatten(1).max(-1, keepdim=True)  # (B, 1)
         else:
             top, index = (logits + scores.unsqueeze(-1)).flatten(1).topk(2 * beams)  # (B, 2 beams)
+
+        # Each continues a beam, its parent, with a token.
         parent, token = index // logits.shape[-1], index % logits.shape[-1]
         text = text.take_along_dim(parent.unsqueeze(-1), dim=1)
         text = torch.cat([text, token.unsqueeze(-1)], dim=-1)  # (B, 2 beams, n)
 
         # Texts that end are finished, if they are among the best `beams`.
         ends = (token == eos) | (n == max_new)
-        worth = top / n
         for row, i in ends[:, :beams].nonzero().tolist():
             best = found[live[row]]
-            best.append((worth[row, i].item(), text[row, i].tolist()))
+            best.append(((top[row, i] / n).item(), text[row, i].tolist()))
             best.sort(key=lambda pair: -pair[0])
             del best[beams:]
 
@@ -357,11 +371,15 @@ def search(
         rows = [r for r, p in enumerate(live) if len(found[p]) < beams or hope[r] > found[p][-1][0]]
         if n == max_new or not rows:
             break
+
+        # Its rows are left out of all that follows.
         if len(rows) < len(live):
             cache.keep(rows)
             live = [live[row] for row in rows]
             parent, token, text, scores = (t[rows] for t in (parent, token, text, scores))
         logits = cache.step(parent, token)
+
+    # The best text of every prompt, without eos.
     best = [texts[0][1] for texts in found]
     return [text[:-1] if text[-1] == eos else text for text in best]
 
@@ -397,12 +415,15 @@ def read_config(path: Path) -> dict:
 
     Raises ValueError if it describes no GPT-2.
     """
+    # What the weights would not show.
     config = json.loads(path.read_text())
     for line in PLAIN.strip().splitlines():
         name, *possible = line.split()
         value = str(config.get(name, possible[0]))
         if value not in possible:
             raise ValueError(f"{path} says {name} {value}; gpt.py holds a plain GPT-2 only")
+
+    # Sizes under our names.
     return {ours: config[theirs] for ours, theirs in SIZES.items() if theirs in config}
 
 
@@ -410,8 +431,11 @@ def converted(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """GPT-2's tensors under our names. Its linear layers keep (in, out), ours (out, in)."""
     state = {}
     for key, value in theirs.items():
+        # Older files hold masks, too.
         if key.endswith((".attn.bias", ".attn.masked_bias")):
-            continue  # masks, in older files
+            continue
+
+        # A linear layer, turned; then its name.
         if ".c_" in key and key.endswith("weight"):
             value = value.mT.contiguous()
         state[renamed(key.removeprefix("transformer."), OURS)] = value

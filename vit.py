@@ -10,13 +10,14 @@ and queries still come from the tokens alone. The prefix is an argument, never a
 backbone knows nothing of tuning, and any number of prefixes can use one backbone.
 
 Shapes: B images, N tokens (CLS first), Nq queries, D width, H heads, Dh = D / H, L prefix length.
-Modules are named as in timm, so timm's weights load as they are. Sources: Dosovitskiy et al., ICLR
-2021 (arXiv 2010.11929); Le et al., ICLR 2025 (arXiv 2410.02200), eq. 1 for the prefix.
+Modules are named as in timm. Sources: Dosovitskiy et al., ICLR 2021 (arXiv 2010.11929); Le et al.,
+ICLR 2025 (arXiv 2410.02200), eq. 1 for the prefix.
 """
 
 import difflib
 import json
 import textwrap
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -81,12 +82,11 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         prefix_kv: Tensor | None = None,
-        attention_fn: Callable | None = None,
+        attention_fn: Callable = attention,
         asking: Tensor | None = None,
     ) -> Tensor:
         """x (B, N, D), prefix_kv (2, H, L, Dh) or (2, B, H, L, Dh) -> (B, Nq, D).
 
-        attention_fn: takes q, k and v, in place of `attention`.
         asking: the tokens (B, Nq, D) that get an answer; None: all of x. Keys and values always
             come from all of x.
         """
@@ -106,62 +106,42 @@ class Attention(nn.Module):
             v = torch.cat([prefix_v.expand(len(x), -1, -1, -1), v], dim=2)  # (B, H, L + N, Dh)
 
         # Every head mixes its experts; W_o brings the heads together.
-        out = (attention_fn or attention)(q, k, v)  # (B, H, Nq, Dh)
+        out = attention_fn(q, k, v)  # (B, H, Nq, Dh)
         return self.proj(out.transpose(1, 2).flatten(2))  # (B, Nq, D)
 
 
-class MLP(nn.Module):
-    """gelu: "none" for the exact GELU, "tanh" for GPT-2's approximation."""
-
-    def __init__(self, dim: int, hidden: int, gelu: str):
-        super().__init__()
-        self.gelu = gelu
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))  # (B, N, D)
-
-
 class Block(nn.Module):
-    """One layer: attention among the tokens, then an MLP for each; both add to what was there."""
+    """One layer: attention, then an MLP. gelu: "none" is the exact one, "tanh" GPT-2's."""
 
     def __init__(self, dim: int, n_head: int, hidden: int, eps: float, gelu: str = "none"):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, n_head)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
-        self.mlp = MLP(dim, hidden, gelu)
+        mlp = {"fc1": nn.Linear(dim, hidden), "act": nn.GELU(gelu), "fc2": nn.Linear(hidden, dim)}
+        self.mlp = nn.Sequential(OrderedDict(mlp))
 
     def forward(
         self,
         x: Tensor,
         prefix_kv: Tensor | None = None,
-        attention_fn: Callable | None = None,
+        attention_fn: Callable = attention,
         choose: Callable | None = None,
     ) -> Tensor:
         """(B, N, D) -> (B, N, D); (B, Nq, D) if `choose` picks the tokens that ask and go on."""
+        # All tokens have keys and values, but perhaps not all ask.
         y = self.norm1(x)  # (B, N, D)
         asking = None
         if choose is not None:
             asking, x = choose(y), choose(x)  # 2 x (B, Nq, D)
+
+        # The residual stream: attention adds to it, then the MLP.
         x = x + self.attn(y, prefix_kv, attention_fn, asking)  # (B, N or Nq, D)
         return x + self.mlp(self.norm2(x))  # (B, N or Nq, D)
 
     def keys_values(self, x: Tensor) -> Tensor:
         """What this layer makes of any vectors (B, L, D), for Simple-share: (2, B, H, L, Dh)."""
         return self.attn.keys_values(self.norm1(x))
-
-
-class PatchEmbed(nn.Module):
-    """A linear map of every patch: a convolution whose stride is its width."""
-
-    def __init__(self, patch: int, dim: int):
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, kernel_size=patch, stride=patch)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).mT  # (B, N - 1, D)
 
 
 def by_layer(prefix_kv: Tensor | None, n_layer: int) -> list[Tensor | None]:
@@ -192,6 +172,8 @@ class ViT(nn.Module):
         std: tuple[float, ...] = IMAGENET_STD,
     ):
         super().__init__()
+
+        # What others ask about this model.
         hidden = hidden or 4 * dim
         self.sizes: dict = {"image": image, "patch": patch, "dim": dim, "n_layer": n_layer}
         self.sizes |= {"n_head": n_head, "hidden": hidden, "eps": eps}
@@ -206,7 +188,8 @@ class ViT(nn.Module):
             self.register_buffer(name, constant, persistent=False)
 
         # What is learned: the tokens' embedding and places, the layers, the last norm.
-        self.patch_embed = PatchEmbed(patch, dim)
+        embed = nn.Conv2d(3, dim, kernel_size=patch, stride=patch)  # a linear map of every patch
+        self.patch_embed = nn.Sequential(OrderedDict({"proj": embed}))
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.pos_embed = nn.Parameter(torch.randn(1, (image // patch) ** 2 + 1, dim) * 0.02)
         self.blocks = nn.ModuleList(Block(dim, n_head, hidden, eps) for _ in range(n_layer))
@@ -221,11 +204,7 @@ class ViT(nn.Module):
         return f"mean {mean} and std {std} (the backbone's)"
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """pixels (B, size, size, 3) uint8 -> images (B, 3, size, size) float32, as the ViT wants.
-
-        VPT and the paper use ImageNet's mean and std for their backbone; so do the files of this
-        repository. Other weights of timm bring their own.
-        """
+        """pixels (B, size, size, 3) uint8 -> images (B, 3, size, size) float32, normalised."""
         images = pixels.permute(0, 3, 1, 2).float().div_(255)  # (B, 3, size, size)
         return images.sub_(self.mean).div_(self.std)  # in place: half the time on a CPU
 
@@ -239,7 +218,7 @@ class ViT(nn.Module):
         attn_weights: a list that receives every layer's (B, H, N, L + N), at last (B, H, 1, L + N).
         """
         # Patches become tokens. CLS comes first, and every token learns its place.
-        x = self.patch_embed(images)  # (B, N - 1, D)
+        x = self.patch_embed(images).flatten(2).mT  # (B, N - 1, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, N, D)
         x = x + self.pos_embed  # (B, N, D)
 
@@ -280,8 +259,7 @@ class ViT(nn.Module):
         return from_timm(create(name, pretrained), name)
 
 
-# The rest of this file reads other people's weights.
-
+# The rest of this file reads other people's weights. What they do not tell:
 HALF = (0.5,) * 3  # the mean and the std that timm and transformers assume
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of ViT-Ti, S, B, L, H by their width
 ONLY_PLAIN = f"vit.py holds plain ViTs only, such as '{IN21K}'"
@@ -323,6 +301,7 @@ def from_file(path: Path) -> ViT:
 
 def from_folder(folder: Path) -> ViT:
     """A folder with a config.json: of timm's, or of a ViT that transformers saved."""
+    # timm reads its own folders.
     config = json.loads((folder / "config.json").read_text())
     if "architecture" in config:
         return from_timm(create(f"local-dir:{folder}"), str(folder))
@@ -342,9 +321,7 @@ def from_timm(source: nn.Module, name: str) -> ViT:
     """The weights of a plain timm ViT, with the same outputs."""
     if not isinstance(source, timm.models.VisionTransformer):
         raise ValueError(f"'{name}' is a {type(source).__name__}; {ONLY_PLAIN}")
-
-    block = source.blocks[0]
-    sizes = {"n_head": block.attn.num_heads, "eps": block.norm1.eps}
+    sizes = {"n_head": source.blocks[0].attn.num_heads, "eps": source.blocks[0].norm1.eps}
 
     # VPT and the paper normalise with ImageNet's mean and std; other weights have their own.
     pixels = getattr(source, "pretrained_cfg", None)
@@ -364,6 +341,7 @@ def from_timm(source: nn.Module, name: str) -> ViT:
 
 def from_state(state: dict[str, Tensor], name: str | Path, **sizes: Any) -> ViT:
     """A ViT with weights under timm's names. What `sizes` does not say, the weights tell."""
+    # What is not plain is refused by its parameters.
     for line in NOT_PLAIN.strip().splitlines():
         part, reason = line.split(maxsplit=1)
         if part in state:
@@ -426,6 +404,8 @@ def read_npz(path: Path) -> nn.Module:
         _, count, _ = flax["Transformer/posembed_input/pos_embedding"].shape  # (1, N, D)
         _, heads, _ = flax[f"{block}/query/kernel"].shape  # (D, H, Dh)
         depth = len({name.split("/")[1] for name in flax.files if "encoderblock_" in name})
+
+    # A timm model of these sizes, to read the file into.
     sizes = {"embed_dim": dim, "depth": depth, "num_heads": heads, "num_classes": 0}
     size = patch * round((count - 1) ** 0.5)
     source = timm.models.VisionTransformer(img_size=size, patch_size=patch, **sizes)
@@ -454,7 +434,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def build(kind: Any, sizes: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> Any:
-    """A model of these sizes with these weights, in fp32. Raises ValueError if they do not fit."""
+    """A ViT or GPT of these sizes with these weights, in fp32. ValueError if they do not fit."""
     if sizes.get("n_layer", 0) > len(state):  # a damaged file may claim 10^9 layers
         raise ValueError(f"{source} has {len(state)} tensors, too few for the sizes {sizes}")
 
@@ -466,7 +446,5 @@ def build(kind: Any, sizes: dict[str, Any], state: dict[str, Tensor], source: st
         model.load_state_dict(copies, assign=True)
     except RuntimeError as error:
         reason = textwrap.shorten(str(error), 160)
-        raise ValueError(
-            f"{source} is no {kind.__name__} of the sizes {sizes} ({reason})"
-        ) from error
+        raise ValueError(f"{source} does not have the sizes {sizes} ({reason})") from error
     return model.eval()

@@ -229,7 +229,7 @@ def row_memory(options: argparse.Namespace) -> Figures:
         _, model, vit = our_model("bf16", length, "deep")
         parameters = [*model.parameters(), *vit.parameters()]
         forward = partial(image_loss, model.train(), vit, True, *images(4))
-        with patch("vit.attention", lambda q, k, v, *rest: fused(q.contiguous(), k, v)):
+        with patch("vit.attention", lambda q, k, v, **rest: fused(q.contiguous(), k, v)):
             image = kept_for_backward(forward, parameters) / 4 / 1e6
         trained = sum(p.numel() for p in model.parameters())
         fixed = (sum(p.nbytes for p in parameters) + 8 * trained) / 1e6  # gradients and momenta

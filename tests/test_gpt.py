@@ -330,7 +330,10 @@ def test_random_weights_are_drawn_as_gpt2_s():
             name
         )  # norms: all ones
     with torch.device("meta"):
-        assert sum(p.numel() for p in GPT(**module.HUB["gpt2"]).parameters()) == 124_439_808
+        assert (
+            sum(p.numel() for p in GPT(**module.HUB["openai-community/gpt2"]).parameters())
+            == 124_439_808
+        )
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])
@@ -352,7 +355,15 @@ def test_a_saved_gpt2_loads_under_either_style_of_names(prefix, pair, tmp_path, 
     monkeypatch.setattr(
         module,
         "HUB",
-        {"gpt2": {"vocab": V, "context": 64, "dim": D, "n_layer": LAYERS, "n_head": H}},
+        {
+            "openai-community/gpt2": {
+                "vocab": V,
+                "context": 64,
+                "dim": D,
+                "n_layer": LAYERS,
+                "n_head": H,
+            }
+        },
     )
     monkeypatch.setattr(
         module, "hf_hub_download", lambda *a: asked.append(a) or str(tmp_path / "model.safetensors")

@@ -255,7 +255,7 @@ def test_the_original_checkpoint_loads_as_timm_loads_it(tmp_path):
 
 def blocks_one_by_one(vit, images, *layers):
     """All tokens after the final norm (B, N, D); `layers` are the blocks' prefixes."""
-    x = vit.patch_embed(images)
+    x = vit.patch_embed(images).flatten(2).mT
     x = torch.cat([vit.cls_token.expand(len(x), -1, -1), x], dim=1) + vit.pos_embed
     for block, prefix in zip(vit.blocks, layers, strict=True):
         x = block(x, prefix)
