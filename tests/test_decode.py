@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_gpt import EOS, LAYERS, L, V, past, random_gpt2, same, some_prefix
 
-from gpt import Cache
+from gpt import GPT, Cache
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +178,23 @@ def test_a_gpt_held_in_bf16_writes_texts_that_fp32_finds_likely(beams, pair, pro
     exact, rough = (m.generate(prompts, prefix, beams, max_new=8, eos=-1) for m in (model, held))
     assert log_p(rough) == pytest.approx(log_p(exact), abs=0.2)
     assert log_p(exact[1:] + exact[:1]) < log_p(exact) - 3  # each other's texts
+
+
+def test_rows_beyond_the_encoding_s_tokens_are_never_scored_and_never_written():
+    """A [PAD] that was added, or a table padded to a round number (nanoGPT's 50304)."""
+    sizes = {"context": 20, "dim": 16, "n_layer": 1, "n_head": 2}
+    padded = GPT(50_304, **sizes).requires_grad_(False)
+    plain = GPT(50_257, **sizes).requires_grad_(False)
+    state = padded.state_dict()
+    plain.load_state_dict(state | {"wte.weight": state["wte.weight"][:50_257]})
+    padded.norm.bias.data += 1
+    plain.norm.bias.data += 1
+    padded.wte.weight.data[50_257:] = 5  # the likeliest of all
+    tokens, prompts = torch.randint(50_257, (2, 7)), [[1, 2, 3], [4]]
+    assert padded.vocab == 50_257
+    torch.testing.assert_close(padded(tokens), plain(tokens), atol=0, rtol=0)
+    for beams in (1, 3):
+        made = padded.generate(prompts, beams=beams, max_new=5)
+        assert made == plain.generate(prompts, beams=beams, max_new=5)
+        assert max(token for text in made for token in text) < 50_257
+    assert GPT.load("tiny_gpt").vocab == 257

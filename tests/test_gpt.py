@@ -95,9 +95,8 @@ def test_logits_equal_transformers_on_the_same_weights(pair):
         other = same(source)
         weight = other.blocks[1].get_submodule(part).weight
         weight.data = weight.data.mT.contiguous() if part == "attn.proj" else weight.data * 1.1
-        assert not torch.allclose(
-            other(tokens), theirs, atol=1e-2
-        )  # a forgotten transpose shows, and any weight
+        # A forgotten transpose shows, and any weight.
+        assert not torch.allclose(other(tokens), theirs, atol=1e-2)
 
 
 def test_a_prefix_equals_the_same_past_key_values_in_transformers(pair):
@@ -105,16 +104,13 @@ def test_a_prefix_equals_the_same_past_key_values_in_transformers(pair):
     tokens, prefix = torch.randint(V, (4, 20)), some_prefix()
     theirs = source(tokens, cache=past(prefix, 4)).logits
     torch.testing.assert_close(model(tokens, prefix), theirs, atol=1e-4, rtol=0)
-    assert not torch.allclose(
-        model(tokens, prefix.flip(1)), theirs, atol=1e-2
-    )  # keys and values swapped
+    swapped = model(tokens, prefix.flip(1))  # keys and values
+    assert not torch.allclose(swapped, theirs, atol=1e-2)
     assert not torch.allclose(model(tokens), theirs, atol=1e-2)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
-)  # asked for by peft
-@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # given by peft
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # both of peft
 @pytest.mark.parametrize("projection", [True, False])
 def test_outputs_equal_peft_s_with_the_same_prefix(projection):
     source = random_gpt2()
@@ -152,13 +148,8 @@ def test_logits_at_columns_are_those_of_all_columns_with_the_same_gradients(with
 def test_the_last_block_computes_the_asked_columns_alone(pair):
     _, model = pair
     shapes = []
-    hooks = [
-        part.register_forward_hook(lambda _, x, y: shapes.append(y.shape))
-        for part in (b.mlp for b in model.blocks)
-    ]
-    hooks.append(
-        model.blocks[-1].attn.proj.register_forward_hook(lambda _, x, y: shapes.append(y.shape))
-    )
+    parts = [*(block.mlp for block in model.blocks), model.blocks[-1].attn.proj]
+    hooks = [p.register_forward_hook(lambda _, x, y: shapes.append(y.shape)) for p in parts]
     model(torch.randint(V, (4, 20)), target_positions=torch.randint(20, (4, 7)))
     assert shapes == [(4, 20, D), (4, 20, D), (4, 7, D), (4, 7, D)]
     for hook in hooks:
@@ -169,15 +160,11 @@ def test_padding_on_the_right_changes_nothing(pair):
     _, model = pair
     prefix, tokens = some_prefix(), torch.randint(V, (2, 20))
     padded = torch.cat([tokens[:, :13], torch.randint(V, (2, 7))], dim=1)
-    torch.testing.assert_close(
-        model(padded, prefix)[:, :13], model(tokens, prefix)[:, :13], atol=1e-5, rtol=1e-5
-    )
-    torch.testing.assert_close(
-        model(tokens[:, :13], prefix), model(tokens, prefix)[:, :13], atol=1e-4, rtol=1e-5
-    )
-    assert not torch.allclose(
-        model(padded, prefix)[:, 13:], model(tokens, prefix)[:, 13:], atol=1e-2
-    )
+    whole, other = model(tokens, prefix), model(padded, prefix)  # 2 x (B, T, V)
+    torch.testing.assert_close(other[:, :13], whole[:, :13], atol=1e-5, rtol=1e-5)
+    cut = model(tokens[:, :13], prefix)
+    torch.testing.assert_close(cut, whole[:, :13], atol=1e-4, rtol=1e-5)
+    assert not torch.allclose(other[:, 13:], whole[:, 13:], atol=1e-2)
 
 
 def test_a_shallow_prefix_is_seen_in_the_first_layer_alone(pair):
@@ -187,18 +174,15 @@ def test_a_shallow_prefix_is_seen_in_the_first_layer_alone(pair):
     x = model.wte(tokens) + model.wpe[L : L + 10]
     x = model.blocks[0](x, prefix[0], triangle)
     x = model.blocks[2](model.blocks[1](x, None, triangle), None, triangle)
-    torch.testing.assert_close(
-        model(tokens, prefix[:1]), model.norm(x) @ model.wte.weight.T, atol=1e-4, rtol=0
-    )
-    assert not torch.allclose(model(tokens, prefix), model(tokens, prefix[:1]), atol=1e-2)
+    shallow, expected = model(tokens, prefix[:1]), model.norm(x) @ model.wte.weight.T
+    torch.testing.assert_close(shallow, expected, atol=1e-4, rtol=0)
+    assert not torch.allclose(model(tokens, prefix), shallow, atol=1e-2)
 
 
 def test_a_prefix_per_text_equals_each_text_alone_with_its_prefix(pair):
     _, model = pair
-    tokens, prefix = (
-        torch.randint(V, (3, 10)),
-        torch.stack([some_prefix() for _ in range(3)], dim=2),
-    )
+    tokens = torch.randint(V, (3, 10))
+    prefix = torch.stack([some_prefix() for _ in range(3)], dim=2)
     alone = torch.cat([model(tokens[b : b + 1], prefix[:, :, b]) for b in range(3)])
     torch.testing.assert_close(model(tokens, prefix), alone, atol=1e-4, rtol=0)
     assert not torch.allclose(model(tokens, prefix[:, :, 0]), alone, atol=1e-2)
@@ -222,9 +206,8 @@ def test_gates_are_shown_when_asked_for_sum_to_one_and_change_nothing(pair):
     _, model = pair
     tokens, prefix, attn_weights = torch.randint(V, (4, 20)), some_prefix(), []
     at = torch.randint(20, (4, 7))
-    torch.testing.assert_close(
-        model(tokens, prefix, at, attn_weights), model(tokens, prefix, at), atol=1e-4, rtol=0
-    )
+    shown = model(tokens, prefix, at, attn_weights)
+    torch.testing.assert_close(shown, model(tokens, prefix, at), atol=1e-4, rtol=0)
     assert [gate.shape for gate in attn_weights] == [(4, H, 20, L + 20)] * 2 + [(4, H, 7, L + 20)]
     for gate in attn_weights:
         torch.testing.assert_close(gate.sum(-1), torch.ones(gate.shape[:-1]))
@@ -330,10 +313,8 @@ def test_random_weights_are_drawn_as_gpt2_s():
             name
         )  # norms: all ones
     with torch.device("meta"):
-        assert (
-            sum(p.numel() for p in GPT(**module.HUB["openai-community/gpt2"]).parameters())
-            == 124_439_808
-        )
+        gpt2 = GPT(**module.HUB["openai-community/gpt2"])
+    assert sum(p.numel() for p in gpt2.parameters()) == 124_439_808
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])
@@ -352,22 +333,9 @@ def test_a_saved_gpt2_loads_under_either_style_of_names(prefix, pair, tmp_path, 
     model = GPT.load(str(tmp_path))
     torch.testing.assert_close(model(tokens), source(tokens).logits, atol=1e-4, rtol=0)
     asked = []
-    monkeypatch.setattr(
-        module,
-        "HUB",
-        {
-            "openai-community/gpt2": {
-                "vocab": V,
-                "context": 64,
-                "dim": D,
-                "n_layer": LAYERS,
-                "n_head": H,
-            }
-        },
-    )
-    monkeypatch.setattr(
-        module, "hf_hub_download", lambda *a: asked.append(a) or str(tmp_path / "model.safetensors")
-    )
+    monkeypatch.setattr(module, "HUB", {"openai-community/gpt2": model.sizes})
+    file = str(tmp_path / "model.safetensors")
+    monkeypatch.setattr(module, "hf_hub_download", lambda *a: asked.append(a) or file)
     torch.testing.assert_close(GPT.load("gpt2")(tokens), model(tokens), atol=0, rtol=0)
     assert asked == [("openai-community/gpt2", "model.safetensors")]
     GPT.load("openai-community/gpt2")
@@ -427,26 +395,6 @@ def test_what_is_no_gpt2_is_refused_in_one_sentence(pair, tmp_path, monkeypatch)
     refused(tmp_path, "says model_type bert")
     (tmp_path / "config.json").unlink()
     refused(tmp_path, "config.json", FileNotFoundError)
-
-
-def test_rows_beyond_the_encoding_s_tokens_are_never_scored_and_never_written():
-    """A [PAD] that was added, or a table padded to a round number (nanoGPT's 50304)."""
-    sizes = {"context": 20, "dim": 16, "n_layer": 1, "n_head": 2}
-    padded = GPT(50_304, **sizes).requires_grad_(False)
-    plain = GPT(50_257, **sizes).requires_grad_(False)
-    state = padded.state_dict()
-    plain.load_state_dict(state | {"wte.weight": state["wte.weight"][:50_257]})
-    padded.norm.bias.data += 1
-    plain.norm.bias.data += 1
-    padded.wte.weight.data[50_257:] = 5  # the likeliest of all
-    tokens, prompts = torch.randint(50_257, (2, 7)), [[1, 2, 3], [4]]
-    assert padded.vocab == 50_257
-    torch.testing.assert_close(padded(tokens), plain(tokens), atol=0, rtol=0)
-    for beams in (1, 3):
-        made = padded.generate(prompts, beams=beams, max_new=5)
-        assert made == plain.generate(prompts, beams=beams, max_new=5)
-        assert max(token for text in made for token in text) < 50_257
-    assert GPT.load("tiny_gpt").vocab == 257
 
 
 def test_a_gpt2_in_shards_is_read_and_other_files_are_refused(pair, tmp_path):

@@ -47,9 +47,8 @@ def test_both_forms_of_attention_mix_token_experts_and_prefix_experts(form):
     )[0, 0]
     expected = mixture_of_experts(q, k, v, prefix_k, prefix_v)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)  # fp32, another order of sums
-    assert not torch.allclose(
-        out, mixture_of_experts(q, k, v, prefix_v, prefix_k), atol=1e-3
-    )  # roles swapped
+    swapped = mixture_of_experts(q, k, v, prefix_v, prefix_k)
+    assert not torch.allclose(out, swapped, atol=1e-3)
 
 
 def test_an_expert_that_is_masked_is_an_expert_that_is_absent():
@@ -65,11 +64,9 @@ def test_gates_are_shown_when_asked_for_sum_to_one_and_change_nothing(small_vit)
     torch.testing.assert_close(
         small_vit(images, prefix, attn_weights), small_vit(images, prefix), atol=1e-5, rtol=1e-5
     )
-    assert [gate.shape for gate in attn_weights] == [
-        (4, 2, 5, 11),
-        (4, 2, 5, 11),
-        (4, 2, 1, 11),
-    ]  # the last layer: CLS alone
+    *early, last = [gate.shape for gate in attn_weights]
+    assert early == [(4, 2, 5, 11)] * 2
+    assert last == (4, 2, 1, 11)  # CLS alone
     for gate in attn_weights:
         torch.testing.assert_close(gate.sum(-1), torch.ones(gate.shape[:-1]))
         assert gate[..., :6].sum(-1).min() > 0
@@ -270,10 +267,8 @@ def test_the_cls_only_last_block_changes_nothing_with_a_prefix(small_vit):
 
 
 def test_a_prefix_per_sample_equals_each_sample_alone_with_its_prefix(small_vit):
-    images, prefix = (
-        torch.randn(3, 3, 16, 16),
-        torch.randn(3, 2, 3, 2, 6, 8),
-    )  # (depth, 2, B, H, L, Dh)
+    images = torch.randn(3, 3, 16, 16)
+    prefix = torch.randn(3, 2, 3, 2, 6, 8)  # (depth, 2, B, H, L, Dh)
     alone = torch.cat([small_vit(images[b : b + 1], prefix[:, :, b]) for b in range(3)])
     torch.testing.assert_close(small_vit(images, prefix), alone, atol=1e-5, rtol=1e-5)
 
