@@ -27,7 +27,7 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 IN21K = "vit_base_patch16_224.orig_in21k"  # the backbone of VPT and of the paper, in timm's words
@@ -429,8 +429,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, "pt") as file:
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except Exception as error:
-        raise ValueError(f"{path} is missing or damaged ({error})") from error
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
 
 
 def build(kind: Any, sizes: dict[str, Any], state: dict[str, Tensor], source: str | Path) -> Any:

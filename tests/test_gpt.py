@@ -380,7 +380,7 @@ def test_what_is_no_gpt2_is_refused_in_one_sentence(pair, tmp_path, monkeypatch)
     refused(saved(state | {"head": torch.ones(1)}, sizes), "Unexpected key.*head")
     refused("gpt-3", "no GPT 'gpt-3'; possible are tiny_gpt, ")
     monkeypatch.setattr(module, "TINY_GPT_WEIGHTS", tmp_path / "tiny_gpt.safetensors")
-    refused("tiny_gpt", "tiny_gpt.safetensors is missing")
+    refused("tiny_gpt", "tiny_gpt.safetensors", FileNotFoundError)
     source.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     GPT.load(str(tmp_path))  # this one is not refused
