@@ -204,8 +204,7 @@ class GPT(nn.Module):
         length = 0 if prefix_kv is None else prefix_kv.shape[-2]
         longest = length + max(map(len, prompts)) + max_new - 1
         if longest > self.context:
-            need = f"prefix, prompt and {max_new} new tokens need {longest} positions"
-            raise ValueError(f"{need} of {self.context}")
+            raise ValueError(f"prefix, prompt and text need {longest} positions of {self.context}")
 
         # Frozen weights in bf16 need autocast, for the norms stay fp32.
         device, cast = self.wpe.device.type, self.wte.weight.dtype == torch.bfloat16
