@@ -44,10 +44,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SHARE = (
-    *("none", "simple", "linear", "deep"),
-    *("identity", "simple-separate", "linear-separate", "deep-separate"),
-)
+# The paper's four, then those that tell sharing from its map.
+SHARE: tuple[str, ...] = ("none", "simple", "linear", "deep")
+SHARE += ("identity", "simple-separate", "linear-separate", "deep-separate")
 
 
 class GroupedLinear(nn.Module):
@@ -55,6 +54,8 @@ class GroupedLinear(nn.Module):
 
     def __init__(self, groups: int, fan_in: int, fan_out: int):
         super().__init__()
+
+        # nn.Linear draws weights and biases from the same interval.
         bound = fan_in**-0.5
         self.weight = nn.Parameter(torch.empty(groups, fan_in, fan_out).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(groups, 1, fan_out).uniform_(-bound, bound))
@@ -74,7 +75,7 @@ class Prefix(nn.Module):
     per_layer: every layer has its own p and its own map (images); otherwise one p and one map make
         the keys and values of all layers (texts, as Li & Liang have it).
     init_scale: v in p ~ uniform(-v, v); a backbone knows its own, `prefix_init_scale`.
-    dropout: None is the paper's: 0.1, and 0 for a shallow prefix.
+    dropout: its rate, while training; a shallow prefix has none.
     Raises ValueError if a size is not positive or `share` is unknown.
     """
 
@@ -89,19 +90,21 @@ class Prefix(nn.Module):
         shallow: bool = False,
         per_layer: bool = True,
         init_scale: float = 0.02,
-        dropout: float | None = None,
+        dropout: float = 0.1,
     ):
         super().__init__()
+
+        # Sizes and maps that cannot be.
         if share not in SHARE:
             raise ValueError(f"share is '{share}'; it must be one of {', '.join(SHARE)}")
         if min(n_layer, n_head, dim, length, hidden) < 1 or dim % n_head:
             raise ValueError(f"sizes must be positive and dim {dim} a multiple of n_head {n_head}")
-        self.share, self.length, self.n_head, self.dim = share, length, n_head, dim
+
+        # A shallow prefix has no dropout, as in the paper.
+        self.share, self.n_head, self.dim = share, n_head, dim
         kind, _, self.separate = share.partition("-")
         self.depth = 1 if shallow else n_layer
-        if dropout is None:
-            dropout = 0.0 if shallow else 0.1
-        self.dropout = dropout
+        self.dropout = 0.0 if shallow else dropout
 
         # G groups: one per layer, or a single one that makes the keys and values of all layers.
         groups = self.depth if per_layer else 1
@@ -128,7 +131,10 @@ class Prefix(nn.Module):
         backbone: only Simple-share reads it; its keys and values come from the frozen layers.
         batch: B. While training with dropout, every sample gets its own: (depth, 2, B, H, L, Dh).
         """
+        # Outside of training, and without a batch, nothing is dropped.
         rate = self.dropout if self.training and batch else 0.0
+
+        # Simple-share's map is a part of the backbone.
         if self.share.startswith("simple"):
             return self.project(backbone, batch, rate)
 
@@ -144,8 +150,11 @@ class Prefix(nn.Module):
 
     def expand(self, p: Tensor) -> Tensor:
         """The map: p (G, L, D) -> keys and values (G, L, layers of a group, 2, H, Dh)."""
+        # The numbers of all layers of a group lie side by side.
         kv = self.map(p)  # (G, L, layers * 2 * D); identity: (G, L, layers * D)
         head_dim = self.dim // self.n_head  # Dh
+
+        # In "identity" key and value are the same numbers, elsewhere the one follows the other.
         if self.share == "identity":
             return kv.unflatten(-1, (-1, 1, self.n_head, head_dim)).expand(-1, -1, -1, 2, -1, -1)
         return kv.unflatten(-1, (-1, 2, self.n_head, head_dim))
@@ -157,6 +166,8 @@ class Prefix(nn.Module):
         """
         if not self.separate:
             return make(p)
+
+        # Each vector makes both, and only one of the two is taken.
         first, second = p.chunk(2, dim=-1)
         return torch.stack([make(first).select(kind, 0), make(second).select(kind, 1)], dim=kind)
 

@@ -52,7 +52,7 @@ def test_the_cache_does_not_depend_on_the_number_of_decoding_processes(tmp_path,
 
 
 def test_a_backbone_with_a_nan_is_refused_by_the_name_of_its_weights(small, tmp_path, capsys):
-    vit = ViT.from_file(small)
+    vit = ViT.load(small)
     vit.blocks[1].mlp.fc1.weight.data[3, 4] = torch.nan
     save_file(vit.state_dict(), tmp_path / "nan.safetensors", {"vit": json.dumps(vit.sizes)})
     assert (

@@ -166,7 +166,7 @@ def test_maps_are_upright(runs):
     image = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
     image[:, :8, 24:] = 255  # the model's own first layer sees it in the same place
     vit = load_run(runs["deep"]).backbone
-    patches = vit.patch_embed(vit.normalise(image))
+    patches = vit.patch_embed(vit.normalise(image)).flatten(2).mT  # (B, N - 1, D)
     assert (patches - patches.median(1, keepdim=True).values).norm(dim=-1).argmax() == 3
 
 

@@ -18,7 +18,7 @@ from extras.adapter import export_peft
 from support.files import UsageError
 from support.runs import fingerprint, read_prompts
 from train import Config, load_backbone, main, resolve, train
-from vit import ViT
+from vit import ViT, from_timm
 
 D, LAYERS, L = 16, 3, 5
 # A step this small moves no bit of the prompts.
@@ -39,7 +39,7 @@ def source() -> timm.models.VisionTransformer:
 
 @pytest.fixture(scope="module")
 def vit(source) -> ViT:
-    made = ViT.from_timm(source, "small").requires_grad_(False)
+    made = from_timm(source, "small").requires_grad_(False)
     made.fingerprint = fingerprint(made)
     return made
 

@@ -362,7 +362,7 @@ def test_a_line_of_another_backbone_is_named_and_never_reported(words, small, tm
     ]
     shutil.copy(small, tmp_path / "mine.safetensors")
     assert main(words) == 0
-    vit = ViT.from_file(small)
+    vit = ViT.load(small)
     vit.norm.weight.data += 1
     save_file(vit.state_dict(), tmp_path / "mine.safetensors", {"vit": json.dumps(vit.sizes)})
     assert main(words) == 2

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from extras.theory import (
 )
 from prefix import Prefix
 from vit import Attention
+from vit import attention as attention_of_vit
 
 
 @pytest.fixture
@@ -82,7 +84,8 @@ def test_the_model_is_an_attention_head_of_vit_py_with_a_prefix(world):
     prefix[0, 0, :, :3] = torch.cat([key @ world.B.T, b], 1)
     prefix[1, 0, :, :2] = value @ world.C.T
     gates = []  # asks for the attention that is written out
-    out = head(torch.stack(tokens, 1), prefix, attn_weights=gates)[:, 0, :2]  # (M, 2)
+    written_out = partial(attention_of_vit, attn_weights=gates)
+    out = head(torch.stack(tokens, 1), prefix, written_out)[:, 0, :2]  # (M, 2)
     f, gate = attention(world, fitted[None])
     torch.testing.assert_close(f[0].T, out, atol=1e-12, rtol=0)
     torch.testing.assert_close(gate[0].T, gates[0][:, 0, 0, :3], atol=1e-12, rtol=0)

@@ -126,9 +126,8 @@ def test_training_leaves_the_backbone_as_it_was(digits, tmp_path):
     result = train(Config(**QUICK, tune="full", out=str(tmp_path)), backbone, digits)
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     assert not torch.equal(result.model.backbone.norm.weight, before["norm.weight"])
-    tuned = ViT.from_file(
-        tmp_path / "backbone.safetensors"
-    )  # what full fine-tuning made is a backbone for others
+    # What full fine-tuning made is a backbone for others.
+    tuned = ViT.load(str(tmp_path / "backbone.safetensors"))
     torch.testing.assert_close(tuned.norm.weight, result.model.backbone.norm.weight, atol=0, rtol=0)
 
 
