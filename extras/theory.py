@@ -247,9 +247,11 @@ def sample(world: World, kind: str, length: int, seed: int, reps: range) -> list
     """
     f = attention(world, experts(world, kind, truth(world, kind))[None])[0][0].numpy()  # (2, M)
     start = truth(world, kind, length).numpy()  # (P,)
+
+    # Starts and noise have random numbers of their own, the same for all kinds and L'.
     rows = []  # (y, weight, theta)
     for rep in reps:
-        rng = np.random.default_rng([seed, 1, rep])  # the same noise for all kinds and L'
+        rng = np.random.default_rng([seed, 1, rep])
         theta = np.random.default_rng([seed, 2, rep]).normal(start, 0.5)
         for n in SIZES:
             counts = rng.multinomial(n, np.full(len(world.x), 1 / len(world.x)))  # (M,)
@@ -301,20 +303,16 @@ def split(world: World, kind: str, shifts: Tensor) -> Tensor:
     return theta + shifts[:, None] * apart.flatten()
 
 
-def table(results: Results) -> str:
-    """A line per job: slopes, mean errors at the largest n, and fits that miss or still move."""
-    lines = []
+def report(config: argparse.Namespace, results: Results) -> str:
+    """The text of report.md, with a line for every job."""
+    lines = ""
     for (kind, length, steps), found in reversed(results.items()):
         rates = " | ".join("{:.2f} ± {:.2f}".format(*slopes(found[..., i])) for i in range(4))
-        loss, _, value, prediction, missed, _ = found[:, -1].mean(0)
-        lines.append(
+        loss, _, value, prediction, missed, _ = found[:, -1].mean(0)  # at the largest n
+        lines += (
             f"| {length} | {kind} | {steps} | {rates} | {loss:.2g}, {value:.2g}, {prediction:.2g}"
-            f" | {missed:.0f}% | {found[..., 5].mean():.0f}% |"
+            f" | {missed:.0f}% | {found[..., 5].mean():.0f}% |\n"
         )
-    return "\n".join(lines)
-
-
-def report(config: argparse.Namespace, results: Results) -> str:
     return f"""# The theorem, seen
 
 Slopes of log error on log n, n from {SIZES[0]:,} to {SIZES[-1]:,}, {config.reps} data sets each,
@@ -328,8 +326,7 @@ power of n bounds it for No-share. It does not cover a trained layer.
 
 | L' | kind | steps | D | p_K | p_V | prediction | last D, p_V, prediction | misses | moving |
 |---|---|---|---|---|---|---|---|---|---|
-{table(results)}
-
+{lines}
 A slope is evidence of a rate only if more steps leave it as it is. The theorem on No-share is about
 the worst truth and all estimators. This is one truth and one optimiser: it can show that p_V is not
 identified, but no rate.
@@ -338,23 +335,24 @@ identified, but no rate.
 
 def panels(config: argparse.Namespace, results: Results) -> list[tuple]:
     """What the figures show: title, name of x, x, lines by kind and L', ends of the y axis."""
-    world, shifts = draw_world(config.seed), torch.logspace(-3, 0, 31, dtype=torch.float64)
     budgets, steps = config.budgets, config.iterations
 
     def mean(column: int, kinds: list[str] = FIXED) -> dict:
         jobs = [(kind, length) for kind in kinds for length in (1, MOST)]
         return {(k, length): results[k, length, steps][..., column].mean(0) for k, length in jobs}
 
+    # Panel 1: f, when an expert is cut in two and the halves move apart.
+    world, shifts = draw_world(config.seed), torch.logspace(-3, 0, 31, dtype=torch.float64)
     change = {(k, 2): measure(world, k, split(world, k, shifts))[:, 3] for k in FIXED}
     slope = {(k, MOST): [slopes(results[k, MOST, n][..., 0])[0] for n in budgets] for k in FIXED}
     missed, decades = mean(4, list(KINDS)), (1e-4, 10)
-    t, n = "t: one expert is cut into two, moved by +t and -t", "samples n"
+    by_t, by_n = "t: one expert is cut into two, moved by +t and -t", "samples n"
     return [
-        ("1  Why: change of the output f (1e-16: none)", t, shifts, change, (1e-17, 10)),
-        ("2  Values: rms error of p_V", n, SIZES, mean(2), decades),
-        ("3  Predictions: rms error of f", n, SIZES, mean(3), decades),
-        (f"4  % of fits with values off by more than {MISS}", n, SIZES, missed, (0, 100)),
-        ("5  Distance of all experts: Voronoi loss D", n, SIZES, mean(0), decades),
+        ("1  Why: change of the output f (1e-16: none)", by_t, shifts, change, (1e-17, 10)),
+        ("2  Values: rms error of p_V", by_n, SIZES, mean(2), decades),
+        ("3  Predictions: rms error of f", by_n, SIZES, mean(3), decades),
+        (f"4  % of fits with values off by more than {MISS}", by_n, SIZES, missed, (0, 100)),
+        ("5  Distance of all experts: Voronoi loss D", by_n, SIZES, mean(0), decades),
         ("6  Slope of D on n (theorem: -1/2)", "steps of the fit", budgets, slope, (-1, 0)),
     ]
 

@@ -274,11 +274,12 @@ def test_the_command_writes_a_table_and_figures_with_the_numbers_of_a_single_pro
         assert Path(out, name).read_bytes().startswith(b"\x89PNG")
     jobs = [("No-share", 3, 2), ("Simple-share", 3, 10), ("shared by a trained layer", 1, 10)]
     alone = {job: theory.work(Namespace(seed=0, reps=2), job) for job in jobs}
-    lines = theory.table(alone).splitlines()
+    lines = theory.report(Namespace(seed=0, reps=2), alone).splitlines()
     assert report.count("\n| ") == 1 + 20
     assert set(lines) < set(report.splitlines())
     alone["Simple-share", 3, 10] = 2 * alone["Simple-share", 3, 10] ** 2
-    assert not set(theory.table(alone).splitlines()) < set(report.splitlines())
+    lines = theory.report(Namespace(seed=0, reps=2), alone).splitlines()
+    assert not set(lines) < set(report.splitlines())
 
 
 @pytest.mark.parametrize(
