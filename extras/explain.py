@@ -51,14 +51,19 @@ def rollout(attn_weights: list[Tensor], tokens: int) -> Tensor:
 
 
 def heat_map(
-    axes: Axes, values: Tensor, title: str, colours: str, ends: tuple | None = None, group: int = 1
+    axes: Axes,
+    values: Tensor,
+    title: str,
+    ends: tuple | None = None,
+    colours: str = "viridis",
+    group: int = 1,
 ) -> None:
     """Draw values (rows, columns) and their colour bar, which spans the values or `ends`.
 
     Groups of rows and of columns, as the experts of a layer, are counted from 1.
     """
     rows, columns = (size / group for size in values.shape)
-    shown = axes.imshow(values.numpy(force=True), colours, clim=ends)
+    shown = axes.imshow(values.numpy(force=True), colours, clim=ends, interpolation="nearest")
     shown.set_extent((0.5, columns + 0.5, rows + 0.5, 0.5))
     axes.set_aspect("equal" if rows == columns else "auto")
     axes.figure.colorbar(shown, ax=axes)
@@ -78,7 +83,7 @@ def image_picture(vit: ViT, pixels: Tensor, prefix_kv: Tensor, title: str) -> Fi
     image.imshow(pixels[0].numpy(force=True))
     image.set_title("what the model sees", fontsize=10)
     percent = 100 * prefix_share(both[1], tokens)[:, 0]  # (layers, H)
-    heat_map(share, percent, "CLS's attention\nto the prefix, %", "magma")
+    heat_map(share, percent, "CLS's attention\nto the prefix, %")
     share.set(xlabel="head", ylabel="layer")
 
     # On the right, a row per way of looking. CLS itself is left out; a pair has one scale.
@@ -86,9 +91,9 @@ def image_picture(vit: ViT, pixels: Tensor, prefix_kv: Tensor, title: str) -> Fi
         maps = torch.stack([100 * look(w, tokens)[0, 1:].view(side, side) for w in both])
         change = maps[1] - maps[0]  # (side, side)
         ends, far = (maps.min(), maps.max()), change.abs().max()
-        heat_map(cells[0], maps[0], f"{name},\nwithout prefix, %", "viridis", ends)
-        heat_map(cells[1], maps[1], f"{name},\nwith prefix, %", "viridis", ends)
-        heat_map(cells[2], change, f"{name}, difference,\n% points", "RdBu_r", (-far, far))
+        heat_map(cells[0], maps[0], f"{name},\nwithout prefix, %", ends)
+        heat_map(cells[1], maps[1], f"{name},\nwith prefix, %", ends)
+        heat_map(cells[2], change, f"{name}, difference,\n% points", (-far, far), "RdBu_r")
     for cell in (image, *above, *below):
         cell.axis("off")
     return figure
@@ -110,7 +115,7 @@ def text_picture(
     starts = range(0, len(words), width)
     figure = Figure(figsize=(11.5, len(starts) * (0.13 * gpt.n_layer + 1.5)), layout="constrained")
     for axes, start in zip(figure.subplots(len(starts), squeeze=False).flat, starts, strict=True):
-        heat_map(axes, percent, "% of attention to the prefix", "magma")
+        heat_map(axes, percent, "% of attention to the prefix")
         axes.set_xticks(
             range(1, len(words) + 1), words, rotation=turn, fontsize=9, parse_math=False
         )
@@ -161,18 +166,16 @@ def experts_picture(runs: list[tuple[str, Tensor, Tensor]]) -> Figure:
             (cells[2], "keys and values", keys, values),
         ):
             alike = cosines(a, b)  # (depth * L, depth * L)
-            heat_map(cell, alike, f"{name}:\ncosines, {what}", "RdBu_r", (-1, 1), group=length)
+            heat_map(cell, alike, f"{name}:\ncosines, {what}", (-1, 1), "RdBu_r", length)
             cell.set(xlabel="layer", ylabel="layer")
 
         # The effective rank, with the untrained prefix in grey.
-        for what, layers, colour, mark in (
-            ("keys, untrained", before[0], "grey", "-"),
-            ("values, untrained", before[1], "grey", "--"),
-            ("keys", now[0], "C0", "o-"),
-            ("values", now[1], "C1", "s--"),
-        ):
-            ranks = [effective_rank(vectors) for vectors in layers]
-            last.plot(range(1, depth + 1), ranks, mark, color=colour, label=what)
+        layers = range(1, depth + 1)
+        both = zip(("keys", "values"), ("o-", "s--"), before, now, strict=True)
+        for what, mark, start, trained in both:
+            ranks = [effective_rank(vectors) for vectors in start]
+            last.plot(layers, ranks, mark[1:], color="grey", label=f"{what}, untrained")
+            last.plot(layers, [effective_rank(vectors) for vectors in trained], mark, label=what)
         last.set_title(f"{name}:\neffective rank of {length} experts", fontsize=10)
         last.set(xlabel="layer", ylim=(0.8, length + 0.5))
         last.legend(fontsize=7)
