@@ -318,9 +318,8 @@ def report(config: argparse.Namespace, results: Results) -> str:
 
 Slopes of log error on log n, n from {SIZES[0]:,} to {SIZES[-1]:,}, {config.reps} data sets each,
 seed {config.seed}, ± bootstrap standard error. D is the mean Voronoi loss; p_K, p_V and prediction
-are mean rms errors of the keys, of the values and of f. Last: mean errors at the largest n. Misses
-p_V: fits whose values are off by more than {MISS} there. Still moving: fits of all n that ran out
-of steps.
+are mean rms errors of the keys, of the values and of f. Last: mean errors at the largest n. Misses:
+fits whose values are off by more than {MISS} there. Moving: fits of all n that ran out of steps.
 
 The theorem, for L' > 1 and without log n: D has slope -1/2 for Simple-share and a fixed layer; no
 power of n bounds it for No-share. It does not cover a trained layer.
