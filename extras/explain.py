@@ -9,13 +9,10 @@ Sources: Le et al., ICLR 2025; Abnar & Zuidema, ACL 2020 (rollout); Roy & Vetter
 (effective rank).
 """
 
-import textwrap
-
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from torch import Tensor
 
 from gpt import GPT
@@ -29,7 +26,7 @@ def attention_of(backbone: ViT | GPT, inputs: Tensor, prefix_kv: Tensor | None) 
     """The attention weights (B, H, Nq, L + N) of every layer, for images or for tokens."""
     attn_weights: list[Tensor] = []
     backbone(inputs, prefix_kv, attn_weights=attn_weights)
-    return [weights.float() for weights in attn_weights]
+    return [weights.float().cpu() for weights in attn_weights]
 
 
 def prefix_share(attn_weights: list[Tensor], tokens: int) -> Tensor:
@@ -45,8 +42,7 @@ def last_layer(attn_weights: list[Tensor], tokens: int) -> Tensor:
 
 def rollout(attn_weights: list[Tensor], tokens: int) -> Tensor:
     """How much of each token has reached CLS if half stays and half moves by attention: (B, N)."""
-    eye = torch.eye(tokens, device=attn_weights[0].device)
-    flow = eye
+    flow = eye = torch.eye(tokens)
     for weights in attn_weights:
         looks = weights[..., -tokens:].mean(1)  # (B, N, N) without the prefix; last layer (B, 1, N)
         looks = looks / looks.sum(-1, keepdim=True)
@@ -54,12 +50,32 @@ def rollout(attn_weights: list[Tensor], tokens: int) -> Tensor:
     return flow[:, 0]
 
 
+def heat_map(
+    axes: Axes,
+    values: Tensor,
+    title: str,
+    ends: tuple | None = None,
+    colours: str = "viridis",
+    group: int = 1,
+) -> None:
+    """Draw values (rows, columns) and their colour bar, which spans the values or `ends`.
+
+    Groups of rows and of columns, as the experts of a layer, are counted from 1.
+    """
+    rows, columns = (size / group for size in values.shape)
+    shown = axes.imshow(values.numpy(force=True), colours, clim=ends, interpolation="nearest")
+    shown.set_extent((0.5, columns + 0.5, rows + 0.5, 0.5))
+    axes.set_aspect("equal" if rows == columns else "auto")
+    axes.figure.colorbar(shown, ax=axes)
+    axes.set_title(title, fontsize=10)
+
+
 def image_picture(vit: ViT, pixels: Tensor, prefix_kv: Tensor, title: str) -> Figure:
     """CLS's attention to an image (1, size, size, 3) without and with the prefix; its share."""
     tokens = vit.pos_embed.shape[1]
     side = round((tokens - 1) ** 0.5)
     both = [attention_of(vit, vit.normalise(pixels), prefix) for prefix in (None, prefix_kv)]
-    figure = Figure(figsize=(9.5, 5.2), layout="constrained")
+    figure = Figure(figsize=(11.5, 5.2), layout="constrained")
     figure.suptitle(title, fontsize=11, parse_math=False)  # a $ in a file name is no formula
     (image, *above), (share, *below) = figure.subplots(2, 4)
 
@@ -67,72 +83,44 @@ def image_picture(vit: ViT, pixels: Tensor, prefix_kv: Tensor, title: str) -> Fi
     image.imshow(pixels[0].numpy(force=True))
     image.set_title("what the model sees", fontsize=10)
     percent = 100 * prefix_share(both[1], tokens)[:, 0]  # (layers, H)
-    figure.colorbar(layers_map(share, percent), ax=share, label="%")
-    share.set_title("CLS's attention\nto the prefix", fontsize=10)
-    share.set_xlabel("head")
-    share.set_xticks(range(vit.n_head), range(1, vit.n_head + 1))
+    heat_map(share, percent, "CLS's attention\nto the prefix, %")
+    share.set(xlabel="head", ylabel="layer")
 
     # On the right, a row per way of looking. CLS itself is left out; a pair has one scale.
     for cells, look, name in ((above, last_layer, "last layer"), (below, rollout, "rollout")):
         maps = torch.stack([100 * look(w, tokens)[0, 1:].view(side, side) for w in both])
-        change = maps[1] - maps[0]  # (side, side), in percentage points
-        low, high, far = maps.min().item(), maps.max().item(), change.abs().max().item()
-        heat_map(cells[0], maps[0], low, high, "viridis", f"{name},\nwithout prefix")
-        pair = heat_map(cells[1], maps[1], low, high, "viridis", f"{name},\nwith prefix")
-        shift = heat_map(cells[2], change, -far, far, "RdBu_r", f"{name},\ndifference")
-        figure.colorbar(pair, ax=cells[:2], label="% of attention")
-        figure.colorbar(shift, ax=cells[2], label="percentage points")
+        change = maps[1] - maps[0]  # (side, side)
+        ends, far = (maps.min(), maps.max()), change.abs().max()
+        heat_map(cells[0], maps[0], f"{name},\nwithout prefix, %", ends)
+        heat_map(cells[1], maps[1], f"{name},\nwith prefix, %", ends)
+        heat_map(cells[2], change, f"{name}, difference,\n% points", (-far, far), "RdBu_r")
     for cell in (image, *above, *below):
         cell.axis("off")
     return figure
 
 
 def text_picture(
-    gpt: GPT, prompt: list[int], ids: list[int], words: list[str], prefix_kv: Tensor, title: str
+    gpt: GPT, prompt: list[int], ids: list[int], words: list[str], prefix_kv: Tensor
 ) -> Figure:
     """The prefix's share of attention, mean of heads, per layer and written token (ids, words)."""
     read = torch.tensor([prompt + ids[:-1]], device=prefix_kv.device)  # (1, T)
-    shares = [
-        weights[0, :, -len(ids) :, : -read.shape[1]].sum(-1).mean(0)
-        for weights in attention_of(gpt, read, prefix_kv)
-    ]
+    attn_weights = attention_of(gpt, read, prefix_kv)  # per layer (1, H, T, L + T)
+    shares = [w[0, :, -len(ids) :, : -read.shape[1]].sum(-1).mean(0) for w in attn_weights]
     percent = 100 * torch.stack(shares)  # (layers, tokens written)
     words = [repr(word)[1:-1].replace(" ", "\u2423") for word in words]
+    turn = 90 if max(map(len, words)) > 2 else 0  # words are written upwards, letters are not
 
-    # Long texts go on in the next row, so that every token can be read.
-    starts = range(0, len(ids), PER_ROW)
-    upright = max(map(len, words)) <= 2  # letters; words are written upwards
-    height = 0.5 + len(starts) * (0.13 * gpt.n_layer + (0.6 if upright else 1.1))
-    figure = Figure(figsize=(11.5, height), layout="constrained")
-    figure.suptitle(textwrap.shorten(title, 120), fontsize=10, parse_math=False)
-    ends = percent.min().item(), percent.max().item()
-    cells = figure.subplots(len(starts), squeeze=False)[:, 0]
-    for cell, start in zip(cells, starts, strict=True):
-        part = slice(start, start + PER_ROW)
-        shown = layers_map(cell, percent[:, part], *ends)
-        cell.set_xlim(-0.5, min(len(ids), PER_ROW) - 0.5)
-        ticks = words[part]
-        cell.set_xticks(
-            range(len(ticks)), ticks, rotation=0 if upright else 90, fontsize=9, parse_math=False
+    # Long texts go on in the next row, so that every token can be read. A row is a part of the map.
+    width = min(len(words), PER_ROW)
+    starts = range(0, len(words), width)
+    figure = Figure(figsize=(11.5, len(starts) * (0.13 * gpt.n_layer + 1.5)), layout="constrained")
+    for axes, start in zip(figure.subplots(len(starts), squeeze=False).flat, starts, strict=True):
+        heat_map(axes, percent, "% of attention to the prefix")
+        axes.set_xticks(
+            range(1, len(words) + 1), words, rotation=turn, fontsize=9, parse_math=False
         )
-    figure.colorbar(shown, ax=list(cells), label="% of attention to the prefix")
+        axes.set(ylabel="layer", xlim=(start + 0.5, start + width + 0.5))
     return figure
-
-
-def heat_map(
-    axes: Axes, values: Tensor, low: float, high: float, colours: str, title: str
-) -> AxesImage:
-    axes.set_title(title, fontsize=10)
-    return axes.imshow(values.numpy(force=True), vmin=low, vmax=high, cmap=colours)
-
-
-def layers_map(
-    axes: Axes, percent: Tensor, low: float | None = None, high: float | None = None
-) -> AxesImage:
-    """A row per layer, the first on top. The colours span the values there are."""
-    axes.set_ylabel("layer")
-    axes.set_yticks(range(len(percent)), [str(i + 1) for i in range(len(percent))], fontsize=8)
-    return axes.imshow(percent.numpy(force=True), vmin=low, vmax=high, cmap="magma", aspect="auto")
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
@@ -143,8 +131,7 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
 def effective_rank(vectors: Tensor) -> float:
     """exp(entropy of the singular values' shares): (L, D) -> L if orthogonal, 1 if all are one."""
     shares = torch.linalg.svdvals(vectors)
-    shares = shares / shares.sum()
-    return torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum()).item()
+    return torch.special.entr(shares / shares.sum()).sum().exp().item()
 
 
 def altered(prefix_kv: Tensor) -> dict[str, Tensor]:
@@ -164,37 +151,32 @@ def experts_picture(runs: list[tuple[str, Tensor, Tensor]]) -> Figure:
 
     Three cells show the cosines of all keys and values; the last one each layer's effective rank.
     """
-    figure = Figure(figsize=(11, 2.9 * len(runs)), layout="constrained")
+    figure = Figure(figsize=(11.5, 2.7 * len(runs)), layout="constrained")
     grid = figure.subplots(len(runs), 4, squeeze=False)
     for (*cells, last), (name, *states) in zip(grid, runs, strict=True):
-        now, before = (
-            kv.float().cpu().permute(1, 0, 3, 2, 4).flatten(3) for kv in states
-        )  # 2 x (2, depth, L, D): keys and values, the heads side by side
+        # The heads side by side: 2 x (2, depth, L, D), keys and values.
+        now, before = (kv.float().cpu().permute(1, 0, 3, 2, 4).flatten(3) for kv in states)
         _, depth, length, _ = now.shape
-        layers = range(1, depth + 1)
+        keys, values = now.flatten(1, 2)  # 2 x (depth * L, D)
 
         # Cosines of every pair of experts, grouped by layer.
         for cell, what, a, b in (
-            (cells[0], "keys and keys", now[0], now[0]),
-            (cells[1], "values and values", now[1], now[1]),
-            (cells[2], "keys and values", now[0], now[1]),
+            (cells[0], "keys and keys", keys, keys),
+            (cells[1], "values and values", values, values),
+            (cells[2], "keys and values", keys, values),
         ):
-            alike = cosines(a.flatten(0, 1), b.flatten(0, 1))  # (depth * L, depth * L)
-            shown = heat_map(cell, alike, -1, 1, "RdBu_r", f"{name}:\ncosines, {what}")
-            middles = [length * (i + 0.5) - 0.5 for i in range(depth)]
-            cell.set_xticks(middles, layers, fontsize=8)
-            cell.set_yticks(middles, layers, fontsize=8)
-            cell.set_xlabel("layer")
-        cells[0].set_ylabel("layer")
-        figure.colorbar(shown, ax=cells, aspect=30)
+            alike = cosines(a, b)  # (depth * L, depth * L)
+            heat_map(cell, alike, f"{name}:\ncosines, {what}", (-1, 1), "RdBu_r", length)
+            cell.set(xlabel="layer", ylabel="layer")
 
         # The effective rank, with the untrained prefix in grey.
-        for i, what, mark in ((0, "keys", "o-"), (1, "values", "s--")):
-            rank = [effective_rank(layer) for layer in before[i]]
-            last.plot(layers, rank, mark[1:], color="grey", label=f"{what}, untrained")
-            rank = [effective_rank(layer) for layer in now[i]]
-            last.plot(layers, rank, mark, label=what)
+        layers = range(1, depth + 1)
+        both = zip(("keys", "values"), ("o-", "s--"), before, now, strict=True)
+        for what, mark, start, trained in both:
+            ranks = [effective_rank(vectors) for vectors in start]
+            last.plot(layers, ranks, mark[1:], color="grey", label=f"{what}, untrained")
+            last.plot(layers, [effective_rank(vectors) for vectors in trained], mark, label=what)
         last.set_title(f"{name}:\neffective rank of {length} experts", fontsize=10)
-        last.set(xlabel="layer", ylim=(0.8, length + 0.5), xticks=layers)
+        last.set(xlabel="layer", ylim=(0.8, length + 0.5))
         last.legend(fontsize=7)
     return figure

@@ -299,7 +299,7 @@ def write_all(run: Run, options: Options, inputs: list[str]) -> None:
         if options.explain and tokens:
             parts = [words.decode([token]) for token in tokens]
             with run.autocast():
-                figure = text_picture(run.backbone, prompt, tokens, parts, run.prefix_kv, text)
+                figure = text_picture(run.backbone, prompt, tokens, parts, run.prefix_kv)
         line = {"source": sources[i], "text": text}
         show(run, options, line, text, f"explain-{i}", figure)
 

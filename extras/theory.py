@@ -37,19 +37,17 @@ numbers each, P parameters of a fit. Source: Le et al., ICLR 2025, arXiv 2410.02
 """
 
 import argparse
-import os
-import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import cpu_count, get_context
 from pathlib import Path
-from typing import NoReturn
+from signal import SIG_IGN, SIGINT, signal
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
+import torch.nn.functional as F
 from matplotlib.backends import backend_agg  # noqa: F401  else savefig imports it, deaf to Ctrl-C
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -64,19 +62,17 @@ KINDS = {
     "shared by a trained layer": ("tab:green", 1.8),
 }
 FIXED = list(KINDS)[:3]  # the kinds that the theorems cover
-LENGTHS = (1, 2, 3)  # L', where L = 1
-MOST = LENGTHS[-1]  # only these fits are also shown after fewer steps
+MOST = 3  # L' is 1, 2 or 3, where L = 1; only with 3 the fits are also shown after fewer steps
 SIZES = [round(10 ** (2 + i / 2)) for i in range(7)]  # n, from 100 to 100,000
 P, BIAS, NOISE = (1.2, -0.8), 0.5, 0.1  # true p_K = p_V = P: No-share and Simple-share have one f
 CHUNK = 17  # data sets side by side: more would leave the processor's cache
 MISS = 0.2  # a fit whose values are off by more misses p_V
 
-Job = tuple[str, int, int]  # kind, L', steps of the optimiser
-Results = dict[Job, np.ndarray]  # (reps, sizes, 5)
+# What the fits of (kind, L', steps of the optimiser) are measured to be: (reps, sizes, 6).
+Results = dict[tuple, np.ndarray]
 
 
-@dataclass(frozen=True)
-class World:
+class World(NamedTuple):
     """What is known: M points x, the tokens' scores and experts there, and the matrices."""
 
     x: Tensor  # (M, 2)
@@ -87,24 +83,27 @@ class World:
     W1: Tensor
     W2: Tensor
 
-    @classmethod
-    def draw(cls, seed: int, points: int = 400, n_token: int = 2) -> "World":
-        """Uniform points in [-2, 2]^2, Gaussian A_j and H_j, random orthogonal B, C, W1, W2."""
-        rng = np.random.default_rng([seed, 0])
-        x, (A, H) = rng.uniform(-2, 2, (points, 2)), rng.normal(size=(2, n_token, 2, 2))
-        orthogonal = [np.linalg.qr(rng.normal(size=(2, 2)))[0] for _ in range(4)]
-        return cls(*map(torch.from_numpy, (x, 0.3 * A, H / 2**0.5, *orthogonal)))
+
+def draw_world(seed: int, points: int = 400) -> World:
+    """Uniform points in [-2, 2]^2, Gaussian A_j and H_j, random orthogonal B, C, W1, W2."""
+    rng = np.random.default_rng([seed, 0])
+    x, (A, H) = rng.uniform(-2, 2, (points, 2)), rng.normal(size=(2, 2, 2, 2))
+    orthogonal = [np.linalg.qr(rng.normal(size=(2, 2)))[0] for _ in range(4)]
+    return World(*map(torch.from_numpy, (x, 0.3 * A, H / 2**0.5, *orthogonal)))
 
 
 def experts(world: World, kind: str, theta: Tensor) -> Tensor:
     """Parameters (..., P) -> experts (..., L', 5): b, p_K, p_V. This is all that sharing is."""
     if kind == "No-share":
         return theta.unflatten(-1, (-1, 5))
+
+    # A trained layer's two matrices stand in front.
     W1, W2 = world.W1, world.W2
     if kind == "shared by a trained layer":
-        # its two matrices stand in front
-        matrices, theta = theta[..., :8].unflatten(-1, (2, 2, 2)), theta[..., 8:]
-        W1, W2 = matrices[..., 0, :, :], matrices[..., 1, :, :]
+        W1, W2 = theta[..., :8].unflatten(-1, (2, 2, 2)).unbind(-3)  # 2 x (..., 2, 2)
+        theta = theta[..., 8:]
+
+    # One vector p makes the key and the value.
     b, p = theta.unflatten(-1, (-1, 3)).split([1, 2], dim=-1)  # (..., L', 1), (..., L', 2)
     if kind == "Simple-share":
         return torch.cat([b, p, p], dim=-1)
@@ -122,12 +121,12 @@ def truth(world: World, kind: str, length: int = 1) -> Tensor:
 
 def attention(world: World, fitted: Tensor) -> tuple[Tensor, Tensor]:
     """f_G (R, 2, M) at every point and the prefix experts' gates (R, L', M), of (R, L', 5)."""
-    # scores of the tokens, then of the prefix
+    # Scores of the tokens, then of the prefix.
     b, key, value = fitted.split([1, 2, 2], dim=-1)
     token = torch.einsum("md,jde,me->jm", world.x, world.A, world.x)  # (N, M): x' A_j x
     prefix = key @ (world.x @ world.B).T + b  # (R, L', M)
     scores = torch.cat([token.expand(len(fitted), -1, -1), prefix], dim=1)  # (R, N + L', M)
-    # one softmax gates them all
+    # One softmax gates them all.
     token_gate, gate = scores.softmax(dim=1).split([len(token), fitted.shape[1]], dim=1)
     expert = torch.tanh(torch.einsum("jde,me->jdm", world.H, world.x))  # (N, 2, M): h_j(x)
     f = torch.einsum("rjm,jdm->rdm", token_gate, expert) + (value @ world.C.T).mT @ gate
@@ -145,19 +144,18 @@ def normal_equations(
     sharing = vmap(jacrev(partial(experts, world, kind)))(theta).flatten(1, 2)  # (R, 5 L', P)
     f, gate = attention(world, fitted)
 
-    # what each point pulls at
+    # What each point pulls at.
     root = weight.sqrt().unsqueeze(1)  # (R, 1, M)
     residual = ((y - f) * root).flatten(1)  # (R, 2 M)
     gate = (gate * root).unsqueeze(2)  # (R, L', 1, M)
     said = (fitted[..., 3:] @ world.C.T).unsqueeze(-1)  # (R, L', 2, 1): C p_V
     pull = gate * (said - f.unsqueeze(1))  # (R, L', 2, M): df / db
-    one = torch.ones_like(world.x[:, :1])
-    scores = torch.cat([one, world.x @ world.B], dim=1).T.unsqueeze(1)  # (3, 1, M)
 
-    # df / d experts, filled in place, as copies cost more
+    # df / d experts: b and p_K move the gate, p_V what is said. In place, as copies take as long.
+    scores = F.pad(world.x @ world.B, (1, 0), value=1.0).T.unsqueeze(1)  # (3, 1, M)
     jacobian = y.new_empty(*fitted.shape, *y.shape[1:])  # (R, L', 5, 2, M)
-    torch.mul(pull.unsqueeze(2), scores, out=jacobian[:, :, :3])  # by b and p_K
-    torch.mul(gate.unsqueeze(2), world.C.T.unsqueeze(2), out=jacobian[:, :, 3:])  # by p_V
+    torch.mul(pull.unsqueeze(2), scores, out=jacobian[:, :, :3])
+    torch.mul(gate.unsqueeze(2), world.C.T.unsqueeze(2), out=jacobian[:, :, 3:])
     jacobian = jacobian.flatten(3).flatten(1, 2)  # (R, 5 L', 2 M)
 
     gradient = sharing.mT @ (jacobian @ residual.unsqueeze(-1))  # (R, P, 1)
@@ -166,76 +164,83 @@ def normal_equations(
 
 
 def fit(
-    world: World, kind: str, data: Sequence[Tensor], theta: Tensor, steps: int
+    world: World, kind: str, data: list[Tensor], theta: Tensor, steps: int
 ) -> tuple[Tensor, Tensor]:
     """Projected Levenberg-Marquardt from theta (R, P): the fits, and which of them still move (R,).
 
     All fits run at once. A fit ends when 12 steps in a row have not lowered its loss by 1e-10 of
     it. A parameter that a wall of the box holds back is left out of the step.
     """
-    # the box: |b| <= 2, all other parameters within 3
-    box = torch.full(theta.shape[1:], 3.0, dtype=torch.float64)
+    # The box: |b| <= 2, all other parameters within 3.
+    box = torch.full_like(theta[0], 3.0)
     first = 8 if kind == "shared by a trained layer" else 0
     box[first :: 5 if kind == "No-share" else 3] = 2.0
     theta = theta.clamp(-box, box)
 
-    result, alive = theta.clone(), torch.arange(len(theta))
-    damping, idle = torch.full((len(theta),), 0.01, dtype=torch.float64), torch.zeros(len(theta))
-    state = [theta, *normal_equations(world, kind, theta, *data), damping, idle, *data]
+    # What changes, of all fits; `damping` and `idle` count from here on.
+    damping, idle = torch.full_like(theta[:, 0], 0.01), torch.zeros_like(theta[:, 0])
+    state = (theta, *normal_equations(world, kind, theta, *data), damping, idle)
     for _ in range(steps):
-        if not len(alive):
+        # Only the fits that still move go on.
+        moving = (idle < 12).nonzero().squeeze(1)
+        if not len(moving):
             break
-        # a damped step; ridge: it scales with each parameter
-        theta, loss, hessian, gradient, damping, idle, *data = state
-        free = (theta.abs() < box) | (theta * gradient < 0)  # (R, P)
-        ridge = damping[:, None] * hessian.diagonal(dim1=1, dim2=2) + 1e-14  # (R, P)
+        now, loss, hessian, gradient, damp, waited, y, weight = (
+            part[moving] for part in (*state, *data)
+        )
+
+        # A damped step. The ridge scales with each parameter.
+        free = (now.abs() < box) | (now * gradient < 0)  # (R, P)
+        ridge = damp[:, None] * hessian.diagonal(dim1=1, dim2=2) + 1e-14  # (R, P)
         damped = hessian * (free[:, :, None] & free[:, None])  # (R, P, P)
         damped = damped + torch.diag_embed(torch.where(free, ridge, 1.0))
-        trial = (theta + torch.linalg.solve(damped, gradient * free)).clamp(-box, box)
+        trial = (now + torch.linalg.solve(damped, gradient * free)).clamp(-box, box)
 
-        # keep it where it lowers the loss: less damping; else the old values: more damping
-        tried = [trial, *normal_equations(world, kind, trial, *data)]
-        better = tried[1] < loss
-        for j, new in enumerate(tried):
-            tall = better.view(-1, *[1] * (new.dim() - 1))
-            state[j] = torch.where(tall, new, state[j])
-        state[4] = torch.where(better, damping / 3, damping * 4).clamp(1e-12, 1e12)
-        state[5] = torch.where(tried[1] < loss * (1 - 1e-10), 0, idle + 1)
-
-        # fits that have ended leave
-        result[alive] = state[0]
-        moves = state[5] < 12
-        state, alive = [part[moves] for part in state], alive[moves]
-    return result, torch.isin(torch.arange(len(result)), alive)
+        # A lower loss: take the step, damp the next one less. Else: stay, and damp it more.
+        tried = normal_equations(world, kind, trial, y, weight)
+        better = tried[0] < loss
+        for kept, new in zip(state, (trial, *tried), strict=False):
+            kept[moving[better]] = new[better]
+        damping[moving] = torch.where(better, damp / 3, damp * 4).clamp(1e-12, 1e12)
+        idle[moving] = torch.where(tried[0] < loss * (1 - 1e-10), 0, waited + 1)
+    return theta, idle < 12
 
 
-def voronoi_loss(fitted: Tensor, true: Tensor, one_vector: bool) -> Tensor:
-    """D of experts (R, L', 5) from the true ones (L, 5): (R,). one_vector: count |dp| once."""
-    # distances, and who is nearest to whom
-    delta = fitted[:, :, None, 1:] - true[:, 1:]  # (R, L', L, 4)
-    key, value = delta[..., :2].norm(dim=-1), delta[..., 2:].norm(dim=-1)  # (R, L', L)
-    cell = torch.eye(len(true))[(key**2 + value**2).argmin(-1)]  # (R, L', L): 1 where i is in V_j
-    # the first power for an expert alone in its cell, the second for experts that share one
-    alone, together = (key, key**2) if one_vector else (key + value, key**2 + value**2)
-    error = torch.where(cell.sum(1, keepdim=True) == 1, alone, together)
+def voronoi_loss(fitted: Tensor, true: Tensor) -> Tensor:
+    """D of experts (R, L', 1 + 2 V) from the true ones (L, 1 + 2 V): (R,).
+
+    An expert is b and V vectors: p_K and p_V, or only the p of Simple-share, which counts once.
+    """
+    # Distances, and who is nearest to whom.
+    delta = fitted[:, :, None, 1:] - true[:, 1:]  # (R, L', L, 2 V)
+    distance = delta.unflatten(-1, (-1, 2)).norm(dim=-1)  # (R, L', L, V)
+    cell = torch.eye(len(true))[distance.square().sum(-1).argmin(-1)]  # (R, L', L): 1 if i in V_j
+
+    # The first power for an expert alone in its cell, the second for experts that share one.
+    alone = (cell.sum(1, keepdim=True) == 1).unsqueeze(-1)  # (R, 1, L, 1)
+    error = torch.where(alone, distance, distance.square()).sum(-1)  # (R, L', L)
     mass = fitted[..., :1].exp() * cell  # (R, L', L)
     return (mass.sum(1) - true[:, 0].exp()).abs().sum(1) + (mass * error).sum((1, 2))
 
 
 def measure(world: World, kind: str, theta: Tensor) -> Tensor:
-    """Of every fit (R, 4): D; weighted rms errors of p_K and of p_V; rms error of f."""
+    """Of every fit (R, 5): D; weighted rms errors of p_K, p_V; rms error of f; 100 if it misses."""
     fitted = experts(world, kind, theta)  # (R, L', 5)
     true = experts(world, kind, truth(world, kind))  # (1, 5)
-    loss = voronoi_loss(fitted, true, kind == "Simple-share")
-    weight = fitted[..., 0].softmax(1)  # (R, L'): exp(b_i) / sum exp(b)
-    squares = (fitted - true).square()
-    key = (squares[..., 1:3].sum(-1) * weight).sum(1).sqrt()  # (R,)
-    value = (squares[..., 3:].sum(-1) * weight).sum(1).sqrt()
+    free = 3 if kind == "Simple-share" else 5  # b and p, or b, p_K and p_V
+    loss = voronoi_loss(fitted[..., :free], true[:, :free])
+
+    # Keys and values, weighted by exp(b_i) / sum exp(b).
+    weight = fitted[..., :1].softmax(1)  # (R, L', 1)
+    squares = (fitted - true)[..., 1:].square().unflatten(-1, (2, 2)).sum(-1)  # (R, L', 2)
+    key, value = (squares * weight).sum(1).sqrt().T  # 2 x (R,)
+
     difference = attention(world, fitted)[0] - attention(world, true[None])[0]  # (R, 2, M)
-    return torch.stack([loss, key, value, difference.square().sum(1).mean(1).sqrt()], dim=1)
+    prediction = difference.square().sum(1).mean(1).sqrt()  # (R,)
+    return torch.stack([loss, key, value, prediction, 100.0 * (value > MISS)], dim=1)
 
 
-def sample(world: World, kind: str, length: int, seed: int, reps: range) -> tuple[Tensor, ...]:
+def sample(world: World, kind: str, length: int, seed: int, reps: range) -> list[Tensor]:
     """Data of all sizes, and starts: y (R, 2, M), weight (R, M), theta (R, P); R = reps x sizes.
 
     X is uniform on M points, so the mean Y at a point and the point's share of the samples hold all
@@ -243,49 +248,52 @@ def sample(world: World, kind: str, length: int, seed: int, reps: range) -> tupl
     """
     f = attention(world, experts(world, kind, truth(world, kind))[None])[0][0].numpy()  # (2, M)
     start = truth(world, kind, length).numpy()  # (P,)
+
+    # Starts and noise have random numbers of their own, the same for all kinds and L'.
     rows = []  # (y, weight, theta)
     for rep in reps:
-        rng = np.random.default_rng([seed, 1, rep])  # the same noise for all kinds and L'
+        rng = np.random.default_rng([seed, 1, rep])
         theta = np.random.default_rng([seed, 2, rep]).normal(start, 0.5)
         for n in SIZES:
             counts = rng.multinomial(n, np.full(len(world.x), 1 / len(world.x)))  # (M,)
             y = f + NOISE * rng.normal(size=f.shape) / np.sqrt(counts.clip(1))  # (2, M)
             rows.append((y, counts / n, theta))
-    return tuple(torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+    return [torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True)]
 
 
-def work(config: argparse.Namespace, job: Job) -> np.ndarray:
-    """All fits of a job: (reps, sizes, 5), the four of `measure` and whether a fit still moves."""
+def work(config: argparse.Namespace, job: tuple) -> np.ndarray:
+    """All fits of a job: (reps, sizes, 6), the five of `measure`, and 100 if a fit still moves."""
     torch.set_num_threads(1)  # matrices this small would only wait for a second thread
     kind, length, steps = job
-    world, parts = World.draw(config.seed), []
+    world, parts = draw_world(config.seed), []
     for first in range(0, config.reps, CHUNK):
-        reps = range(first, min(first + CHUNK, config.reps))
+        reps = range(config.reps)[first : first + CHUNK]
         *data, start = sample(world, kind, length, config.seed, reps)
         theta, moves = fit(world, kind, data, start, steps)
-        parts.append(torch.cat([measure(world, kind, theta), moves[:, None]], dim=1))
-    return torch.cat(parts).view(config.reps, len(SIZES), 5).numpy()
+        parts.append(torch.cat([measure(world, kind, theta), 100 * moves[:, None]], dim=1))
+    return torch.cat(parts).unflatten(0, (config.reps, -1)).numpy()
 
 
 def simulate(config: argparse.Namespace) -> Results:
-    """All jobs. The numbers do not depend on the number of processes."""
-    jobs = [(kind, MOST, steps) for steps in config.budgets for kind in KINDS]
-    jobs += [(kind, length, config.iterations) for length in LENGTHS[:-1] for kind in KINDS]
-    # workers inherit that Ctrl-C is ignored: it is for this process, which then ends them
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with get_context("spawn").Pool(min(os.cpu_count() or 1, 8)) as pool:
-        signal.signal(signal.SIGINT, before)
+    """All jobs, the longest first. The number of processes changes no number."""
+    jobs = [(kind, length, config.iterations) for length in range(1, MOST) for kind in KINDS]
+    jobs += [(kind, MOST, steps) for kind in KINDS for steps in config.budgets]
+    jobs.reverse()
+
+    # Workers inherit that Ctrl-C is ignored: it is for this process, which then ends them.
+    before = signal(SIGINT, SIG_IGN)
+    with get_context("spawn").Pool(min(cpu_count(), 8)) as pool:
+        signal(SIGINT, before)
         found = pool.imap(partial(work, config), jobs)
         return dict(zip(jobs, tqdm(found, "fits", len(jobs), disable=None), strict=True))
 
 
-def slopes(errors: np.ndarray, middle: Callable = np.mean) -> tuple[float, float]:
-    """Slope of log middle(error) on log n and its bootstrap error; errors (reps, sizes)."""
-    x = np.log(SIZES) - np.log(SIZES).mean()
+def slopes(errors: np.ndarray) -> tuple[float, float]:
+    """Slope of log mean(error) on log n and its bootstrap error; errors (reps, sizes)."""
     chosen = np.random.default_rng(0).integers(len(errors), size=(500, len(errors)))
-    means = np.stack([middle(errors, axis=0), *middle(errors[chosen], axis=1)])  # (501, sizes)
-    fitted = np.log(means) @ x / (x @ x)
-    return fitted[0], fitted[1:].std()
+    means = np.stack([errors.mean(0), *errors[chosen].mean(1)])  # (501, sizes)
+    slope = np.polyfit(np.log(SIZES), np.log(means).T, 1)[0]  # (501,)
+    return slope[0], slope[1:].std()
 
 
 def split(world: World, kind: str, shifts: Tensor) -> Tensor:
@@ -296,121 +304,80 @@ def split(world: World, kind: str, shifts: Tensor) -> Tensor:
     return theta + shifts[:, None] * apart.flatten()
 
 
-def table(results: Results) -> str:
-    """Slopes of every job."""
-    heads = "L' | kind | steps | D, median | D | p_K | p_V | prediction | theorem for D"
-    heads += " | last D, p_V, prediction | misses p_V | still moving"
-    lines = [f"| {heads} |", "|---" * 12 + "|"]
-    for kind, length, steps in sorted(results, key=lambda job: (job[1], list(KINDS).index(job[0]))):
-        found = results[kind, length, steps]
-        fitted = [slopes(found[..., 0], np.median), *(slopes(found[..., i]) for i in range(4))]
-        cells = [str(length), kind, str(steps), *(f"{s:.2f} ± {error:.2f}" for s, error in fitted)]
-        theorem = {"No-share": "no power of n", "shared by a trained layer": "-"}.get(kind, "-0.5")
-        cells.append(theorem if length > 1 else "-")
-        cells.append(", ".join(f"{error:.2g}" for error in found[:, -1, [0, 2, 3]].mean(0)))
-        cells += [f"{(found[:, -1, 2] > MISS).mean():.0%}", f"{found[..., 4].mean():.0%}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def text(config: argparse.Namespace, results: Results) -> str:
+def report(config: argparse.Namespace, results: Results) -> str:
+    """The text of report.md, with a line for every job."""
+    lines = ""
+    for (kind, length, steps), found in reversed(results.items()):
+        rates = " | ".join("{:.2f} ± {:.2f}".format(*slopes(found[..., i])) for i in range(4))
+        loss, _, value, prediction, missed, _ = found[:, -1].mean(0)  # at the largest n
+        lines += (
+            f"| {length} | {kind} | {steps} | {rates} | {loss:.2g}, {value:.2g}, {prediction:.2g}"
+            f" | {missed:.0f}% | {found[..., 5].mean():.0f}% |\n"
+        )
     return f"""# The theorem, seen
 
 Slopes of log error on log n, n from {SIZES[0]:,} to {SIZES[-1]:,}, {config.reps} data sets each,
-seed {config.seed}, ± bootstrap standard error. D is the Voronoi loss, median and mean; p_K, p_V and
-prediction are mean rms errors of the keys, of the values and of f. Theorem: its rate, without
-log n. Last: mean errors at the largest n. Misses p_V: fits whose values are off by more than {MISS}
-there. Still moving: fits of all n that ran out of steps.
+seed {config.seed}, ± bootstrap standard error. D is the mean Voronoi loss; p_K, p_V and prediction
+are mean rms errors of the keys, of the values and of f. Last: mean errors at the largest n. Misses:
+fits whose values are off by more than {MISS} there. Moving: fits of all n that ran out of steps.
 
-{table(results)}
+The theorem, for L' > 1 and without log n: D has slope -1/2 for Simple-share and a fixed layer; no
+power of n bounds it for No-share. It does not cover a trained layer.
 
+| L' | kind | steps | D | p_K | p_V | prediction | last D, p_V, prediction | misses | moving |
+|---|---|---|---|---|---|---|---|---|---|
+{lines}
 A slope is evidence of a rate only if more steps leave it as it is. The theorem on No-share is about
 the worst truth and all estimators. This is one truth and one optimiser: it can show that p_V is not
 identified, but no rate.
 """
 
 
-def plot(axes: Axes, x: Sequence, found: Mapping[str, Sequence], dots: str = "-") -> None:
-    """A line per kind. Thin lines lie on thick ones, so none is hidden."""
-    for kind, y in found.items():
-        colour, width = KINDS[kind]
-        axes.plot(x, y, dots, color=colour, lw=width, zorder=9 - width, label=kind, clip_on=False)
+def panels(config: argparse.Namespace, results: Results) -> list[tuple]:
+    """What the figures show: title, name of x, x, lines by kind and L', ends of the y axis."""
+    budgets, steps = config.budgets, config.iterations
+
+    def mean(column: int, kinds: list[str] = FIXED) -> dict:
+        jobs = [(kind, length) for kind in kinds for length in (1, MOST)]
+        return {(k, length): results[k, length, steps][..., column].mean(0) for k, length in jobs}
+
+    # Panel 1: f, when an expert is cut in two and the halves move apart.
+    world, shifts = draw_world(config.seed), torch.logspace(-3, 0, 31, dtype=torch.float64)
+    change = {(k, 2): measure(world, k, split(world, k, shifts))[:, 3] for k in FIXED}
+    slope = {(k, MOST): [slopes(results[k, MOST, n][..., 0])[0] for n in budgets] for k in FIXED}
+    missed, decades = mean(4, list(KINDS)), (1e-4, 10)
+    by_t, by_n = "t: one expert is cut into two, moved by +t and -t", "samples n"
+    return [
+        ("1  Why: change of the output f (1e-16: none)", by_t, shifts, change, (1e-17, 10)),
+        ("2  Values: rms error of p_V", by_n, SIZES, mean(2), decades),
+        ("3  Predictions: rms error of f", by_n, SIZES, mean(3), decades),
+        (f"4  % of fits with values off by more than {MISS}", by_n, SIZES, missed, (0, 100)),
+        ("5  Distance of all experts: Voronoi loss D", by_n, SIZES, mean(0), decades),
+        ("6  Slope of D on n (theorem: -1/2)", "steps of the fit", budgets, slope, (-1, 0)),
+    ]
 
 
-def draw_unseen(axes: Axes, title: str, seed: int) -> None:
-    """How f changes when the two halves of an expert move apart."""
-    world, shifts = World.draw(seed), torch.logspace(-3, 0, 31, dtype=torch.float64)
-    plot(axes, shifts, {k: measure(world, k, split(world, k, shifts))[:, 3] for k in FIXED})
-    axes.set(title=title, xscale="log", yscale="log", ylabel="rms change of the output f")
-    axes.set(xlabel="t: one expert is cut into two, moved by +t and -t")
-    axes.text(0.001, 1e-15, "the output stays the same (rounding errors)")
+def draw(shown: list[tuple], rows: int, columns: int) -> Figure:
+    """The first panels, in a grid. Thin lines lie on thick ones, so none is hidden."""
+    figure, legend = Figure(figsize=(4.4 * columns, 4.2 * rows), layout="constrained"), {}
+    for axes, panel in zip(figure.subplots(rows, columns).flat, shown, strict=False):
+        title, name, x, lines, (low, high) = panel
+        for (kind, length), y in lines.items():
+            colour, width = KINDS[kind]
+            dots = ":" if length == 1 else "-"
+            (legend[kind],) = axes.plot(
+                x, y, dots, c=colour, lw=width, zorder=9 - width, clip_on=False
+            )
+        scale = "log" if low > 0 else "linear"
+        axes.set(title=title, xlabel=name, xscale="log", yscale=scale, ylim=(low, high))
+        axes.grid(alpha=0.3)
+    figure.suptitle("The true prefix has one expert. Solid: three experts are fitted. Dotted: one.")
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=len(legend))
+    return figure
 
 
-def draw_errors(axes: Axes, title: str, results: Results, column: int, steps: int) -> None:
-    """A mean error against n; dotted where the number of experts is known."""
-    for length, dots in ((1, ":"), (MOST, "-")):
-        plot(axes, SIZES, {k: results[k, length, steps][..., column].mean(0) for k in FIXED}, dots)
-    axes.set(title=title, xscale="log", yscale="log", xlabel="samples n")
-
-
-def draw(config: argparse.Namespace, results: Results) -> dict[str, Figure]:
-    """theorem.png, the gist in two panels, and theory.png, the whole story in six."""
-    steps = config.iterations
-    small = Figure(figsize=(10, 4.6), layout="constrained")
-    left, right = small.subplots(1, 2)
-    draw_unseen(left, "A  What no output can see", config.seed)
-    draw_errors(right, "B  What more samples find: error of the values", results, 2, steps)
-
-    whole = Figure(figsize=(13, 8), layout="constrained")
-    unseen, value, prediction, missing, loss, slope = whole.subplots(2, 3).flat
-    draw_unseen(unseen, "1  Why: f cannot see free values move", config.seed)
-    draw_errors(value, "2  Values: rms error of p_V", results, 2, steps)
-    draw_errors(prediction, "3  Predictions: rms error of f", results, 3, steps)
-    prediction.set_ylim(value.get_ylim())
-    draw_errors(loss, "5  Distance of all experts: Voronoi loss D", results, 0, steps)
-
-    missed = {k: 100 * (results[k, MOST, steps][..., 2] > MISS).mean(0) for k in KINDS}
-    plot(missing, SIZES, missed)
-    title = f"4  % of fits with values off by more than {MISS}"
-    missing.set(title=title, xscale="log", xlabel="samples n", ylim=(0, 100))
-
-    found = {k: [slopes(results[k, MOST, n][..., 0])[0] for n in config.budgets] for k in FIXED}
-    plot(slope, config.budgets, found)
-    slope.axhline(-0.5, color="black", lw=0.8)
-    slope.text(config.budgets[0], -0.48, "theorem for shared vectors: -1/2")
-    slope.set(title="6  Slope of D on n: does it hold?", ylim=(-1, 0))
-    slope.set(xlabel="steps of the optimiser", xticks=config.budgets)
-
-    for figure, axes in ((small, left), (whole, missing)):
-        figure.suptitle(
-            "The true prefix has one expert. Solid lines: three experts are fitted. Dotted: one."
-        )
-        figure.legend(handles=axes.lines, loc="outside lower center", ncols=len(KINDS))
-    return {"theory.png": whole, "theorem.png": small}
-
-
-def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Save all of a file or nothing: under a temporary name, then renamed."""
-    temporary = path.with_name(f".part-{path.name}")
-    try:
-        save(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-class UsageError(Exception):
-    """A mistake that the user can fix."""
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see --help")
-
-
-def options(argv: list[str] | None) -> argparse.Namespace:
-    """The command line, checked."""
-    parser = Parser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The theorem, seen.", allow_abbrev=False)
     add = partial(parser.add_argument, type=int)
     add("--seed", default=0, help="decides the model, the data and the starts of the fits")
     add("--reps", default=50, help="data sets per sample size")
@@ -418,32 +385,29 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     add("--out", default="out/theory", type=Path, help="folder of the report and the two figures")
     config = parser.parse_args(argv)
     for name, least in (("seed", 0), ("reps", 2), ("iterations", 10)):
-        if getattr(config, name) < least:
-            raise UsageError(f"--{name} is {getattr(config, name)}; it must be at least {least}")
+        value = getattr(config, name)
+        if value < least:
+            parser.error(f"--{name} is {value}; it must be at least {least}")
+
     config.budgets = [round(config.iterations * share) for share in (0.15, 0.3, 1)]
-    return config
-
-
-def main(argv: list[str] | None = None) -> int:
     try:
-        config = options(argv)
         config.out.mkdir(parents=True, exist_ok=True)
         results = simulate(config)
-        report, figures = text(config, results), draw(config, results)
-        write(config.out / "report.md", partial(Path.write_text, data=report, encoding="utf-8"))
-        for name, figure in figures.items():
-            write(config.out / name, partial(figure.savefig, dpi=110))
-        print(f"{report}\n{config.out}: report.md, {', '.join(figures)}")
+        text, shown = report(config, results), panels(config, results)
+        # Files are written beside their places, then moved: none is ever half there.
+        with TemporaryDirectory(dir=config.out) as folder:
+            Path(folder, "report.md").write_text(text, encoding="utf-8")
+            draw(shown, 1, 2).savefig(Path(folder, "theorem.png"), dpi=110)
+            draw(shown, 2, 3).savefig(Path(folder, "theory.png"), dpi=110)
+            for path in Path(folder).iterdir():
+                path.replace(config.out / path.name)
+        print(f"{text}\n{config.out}: report.md, theory.png, theorem.png")
         return 0
     except KeyboardInterrupt:
         print("stopped before all files were written", file=sys.stderr)
         return 130
-    except UsageError as error:
-        print("error:", error, file=sys.stderr)
     except OSError as error:
-        reason = f"{config.out} cannot be used ({error.strerror})"
-        print(f"error: {reason}; choose another --out", file=sys.stderr)
-    return 2
+        parser.error(f"{config.out} cannot be used ({error.strerror}); choose another --out")
 
 
 if __name__ == "__main__":
