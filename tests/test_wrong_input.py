@@ -198,7 +198,7 @@ SAMPLE = {  # and those of test_sample.py
     "texts --export new.pth": ("has no prompts of VPT-deep to export", "--export FOLDER"),
     "texts --export file": ("file/adapter_model.safetensors cannot be written", "another folder"),
     "texts": ("no source is given", "write it after the run"),
-    "texts torn.jsonl": ("torn.jsonl line 2: Unterminated string starting at: column 17", "mend it"),
+    "texts torn.jsonl": ("torn.jsonl line 2: Unterminated string starting at", "mend it"),
     "texts nowhere.txt": ("nowhere.txt cannot be read", "put a whole copy"),
     f"texts {LONG + LONG}": ("do not fit: the longest needs ", "shorten these texts"),
     "texts source --beams 300": ("--beams is 300", "it can be 1 to 128"),
