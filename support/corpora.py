@@ -81,10 +81,10 @@ TEXT_TASKS = {name: text_task(row) for name, *row in SETTINGS}
 # Finding files
 
 # Folders that hold a task, in --data-dir or in a folder of it.
-FOLDERS = words("""
-e2e     e2e     e2e_nlg
-webnlg  webnlg  web_nlg  webnlg_challenge_2017
-xsum    xsum
+FOLDERS = language.table("""
+e2e: e2e, e2e_nlg
+webnlg: webnlg, web_nlg, webnlg_challenge_2017
+xsum: xsum
 """)
 # The files of train, val and test. Those of E2E and WebNLG may also lie in --data-dir itself, or in
 # any folder of it. The Hub's must be in one of FOLDERS, or anywhere below it.
@@ -102,8 +102,7 @@ hub     train*.json*     dev*.json*      test*.json*
 def find(task: str, root: Path) -> dict[str, list[Path]]:
     """The files of each split in the first layout that has all three; {} if there is none."""
     # where to look
-    names = next(names for name, *names in FOLDERS if name == task)
-    named = [folder for name in names for folder in (root / name, *root.glob(f"*/{name}"))]
+    named = [folder for name in FOLDERS[task] for folder in (root / name, *root.glob(f"*/{name}"))]
     below = sorted(chain.from_iterable(folder.glob("**/") for folder in named))
     places = {task: [root, *sorted(root.glob("*/")), *below], "hub": below}
 
@@ -313,10 +312,13 @@ def pairs(
     """One Pair per distinct source. UsageError for a record that is not as `wanted`."""
     found: dict[str, Pair] = {}
     for place, record in chain.from_iterable(map(records, paths)):
+        # what the record says
         try:
             source, targets, group = read_row(record, split)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UsageError(f"{place}: not {wanted}, but {str(record)[:60]}; mend it") from error
+
+        # an empty target is a mistake; none at all is a WebNLG entry without a good text
         if not all(target.strip() for target in targets):
             raise UsageError(
                 f"{place}: no target, or an empty one, which would teach to say nothing; "
@@ -349,13 +351,18 @@ def load(task: str, root: Path) -> dict:
     """Template and splits of a task. Says so if its texts are not as many as in the paper."""
     if task in MADE:
         return {"template": Template(longest=130), "splits": MADE[task]()}
+
+    # read all splits
     files = find(task, root) or download(task, root)
     splits = {
         split: pairs(paths, ROWS[task], split, f"as {task} has it")
         for split, paths in files.items()
     }
+
+    # scores on other texts than the paper's say nothing about the paper's
     sizes = {split: sum(len(p.references) for p in made) for split, made in splits.items()}
-    if sizes != (paper := TEXT_TASKS[task].sizes):
+    paper = TEXT_TASKS[task].sizes
+    if sizes != paper:
         said = f"{task} has {sizes} texts here, {paper} in the paper: scores cannot be compared"
         print(said, file=sys.stderr)
 
@@ -374,12 +381,15 @@ def load_jsonl(path: Path, root: Path) -> dict:
 
     The split is always the same. The template is E2E's.
     """
+    # read
     found = pairs([path], own_row, "", '{"source": "...", "target": "..."}')
     if len(found) < 10:
         raise UsageError(
             f"{path} has {len(found)} distinct sources; "
             "a split into 80 / 10 / 10 % needs at least 10"
         )
+
+    # split
     order = np.random.default_rng(0).permutation(len(found))
     parts = np.split(order, (round(0.8 * len(found)), round(0.9 * len(found))))
     splits = {
