@@ -25,10 +25,10 @@ from PIL import Image
 from torchvision.datasets import FashionMNIST
 from torchvision.utils import save_image
 
-from support import benchmarks
-from support.corpora import TEXT_TASKS, Text, is_jsonl, load_jsonl
+from support import benchmarks, corpora
 from support.files import Parser, UsageError, exit_code
 from support.images import Dataset, Split, stratified
+from support.language import Text, is_jsonl
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -164,11 +164,11 @@ def benchmark(name: str) -> Task:
 
 def language(name: str) -> Task:
     """A task of texts."""
-    task = TEXT_TASKS[name]
+    task = corpora.TEXT_TASKS[name]
     return Task(
         "text",
-        task.load,
-        task.here,
+        partial(corpora.load, name),
+        partial(corpora.here, name),
         text=True,
         classes=0,
         sizes=task.sizes,
@@ -206,7 +206,7 @@ TASKS: dict[str, Task] = {
     # the paper's image tasks: FGVC has published settings, VTAB-1K's are found by sweep.py
     **{name: benchmark(name) for name in benchmarks.TASKS},
     # its text tasks, and two small ones that are made here
-    **{name: language(name) for name in TEXT_TASKS},
+    **{name: language(name) for name in corpora.TEXT_TASKS},
 }
 
 
@@ -220,7 +220,7 @@ def find(name: str) -> Task:
     if is_jsonl(name) and Path(name).is_file():
         return Task(
             "your texts",
-            partial(load_jsonl, Path(name)),
+            partial(corpora.load_jsonl, Path(name)),
             text=True,
             classes=0,
             backbone="gpt2-medium",

@@ -171,11 +171,11 @@ class Run:
         if self.classes:
             raise UsageError(f"{self.folder} is a run on images; give it images, not sources")
 
-        # The prompts. A reference is not needed, so it is empty.
-        pairs = [Pair(one_line(source), [""]) for source in sources]
+        # The prompts. They need no references.
+        pairs = [Pair(one_line(source), []) for source in sources]
         template = Template(**self.metadata["template"])
         text = Text(self.config.task, self.backbone.encoding, template, {"test": pairs})
-        prompts = [tokens for tokens, _ in text.prompts("test")]
+        prompts = text.prompts("test")
 
         # What cannot be written is refused before anything is.
         taken = 0 if self.prefix_kv is None else self.prefix_kv.shape[-2]  # L

@@ -21,10 +21,10 @@ import json
 import random
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
-from itertools import product, takewhile
+from itertools import chain, product
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -32,6 +32,7 @@ import numpy as np
 import tiktoken
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from support.files import UsageError
@@ -39,16 +40,13 @@ from support.images import Batched
 
 EOT = "<|endoftext|>"
 VOCABULARY = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"  # tiktoken's source
-STRETCH = 100  # batches whose examples are sorted by length among themselves
 
 
-def encoding(name: str | tiktoken.Encoding) -> tiktoken.Encoding:
-    """ "gpt2", or "bytes": a token for every byte, and <|endoftext|>. An encoding stays as it is.
+def encoding(name: str) -> tiktoken.Encoding:
+    """ "gpt2", or "bytes": a token for every byte, and <|endoftext|>.
 
     UsageError if GPT-2's vocabulary cannot be downloaded.
     """
-    if isinstance(name, tiktoken.Encoding):
-        return name
     if name == "bytes":
         ranks = {bytes([byte]): byte for byte in range(256)}
         return tiktoken.Encoding(
@@ -57,11 +55,11 @@ def encoding(name: str | tiktoken.Encoding) -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:
-        urls = [f"{VOCABULARY}/{file}" for file in ("vocab.bpe", "encoder.json")]
-        files = " and ".join(f"{url} as {hashlib.sha1(url.encode()).hexdigest()}" for url in urls)
         raise UsageError(
-            f"GPT-2's vocabulary cannot be fetched ({error}); save {files} in a folder, and name "
-            "that folder in the environment variable TIKTOKEN_CACHE_DIR; "
+            f"GPT-2's vocabulary cannot be fetched ({error}); "
+            f"save {VOCABULARY}/vocab.bpe as 6d1cbeee0f20b3d9449abfede4726ed8212e3aee "
+            f"and {VOCABULARY}/encoder.json as 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6 in a "
+            "folder, and name that folder in the environment variable TIKTOKEN_CACHE_DIR; "
             "--backbone tiny_gpt needs no vocabulary"
         ) from error
 
@@ -94,19 +92,21 @@ class Template:
 class Text(Batched):
     """One language task, the counterpart of images.Dataset.
 
-    vocabulary: an encoding, or its name; it is loaded when the first token is asked for.
+    vocabulary: the name of an encoding, which is loaded when the first token is asked for.
     """
 
     task: str
-    vocabulary: str | tiktoken.Encoding
+    vocabulary: str
     template: Template
     splits: dict[str, list[Pair]] = field(repr=False)  # train, val, test
-    final: str = "train"  # the split that the protocol's last runs train on
-    classes: Sequence[str] = ()
-    listing: None = None
+    made: dict = field(default_factory=dict, init=False, repr=False)  # tokens of splits
+
+    # what images.Dataset has, too
     text: ClassVar[Literal[True]] = True
     unit: ClassVar = "texts"
-    made: dict = field(default_factory=dict, init=False, repr=False)  # tokens of splits
+    final: ClassVar = "train"  # the split that the protocol's last runs train on
+    classes: ClassVar[list[str]] = []
+    listing: ClassVar = None
 
     @cached_property
     def encoding(self) -> tiktoken.Encoding:
@@ -131,30 +131,25 @@ class Text(Batched):
     def tokens(self, split: str) -> list[tuple[np.ndarray, list[np.ndarray]]]:
         """Per source of a split: its tokens up to bos, and those of every target."""
         if split not in self.made:
-            pairs, (source, train, test) = self.splits[split], self.template.cut
-            references = [reference for pair in pairs for reference in pair.references]
-            sources = self.encode([self.template.lead + pair.source for pair in pairs], source)
-            targets = iter(self.encode(references, test if split == "test" else train))
-            self.made[split] = [
-                (tokens, [next(targets) for _ in pair.references])
-                for tokens, pair in zip(sources, pairs, strict=True)
-            ]
+            most, train, test = self.template.cut
+            pairs, made = self.splits[split], []
+            for pair in tqdm(pairs, f"tokens of {self.task}", unit="text", leave=False, delay=2):
+                source = self.encode(self.template.lead + pair.source, most)
+                cut = test if split == "test" else train
+                made.append((source, [self.encode(text, cut) for text in pair.references]))
+            self.made[split] = made
         return self.made[split]
 
-    def encode(self, texts: list[str], cut: int | None) -> list[np.ndarray]:
-        """Each text with spaces around it as at most `cut` tokens, and the end."""
-        space, encode, end = (
-            self.template.space,
-            self.encoding.encode_ordinary,
-            self.encoding.eot_token,
-        )
-        bar = tqdm(texts, f"tokens of {self.task}", unit="text", leave=False, delay=2)
-        return [np.array([*encode(f"{space}{text}{space}")[:cut], end], np.int32) for text in bar]
+    def encode(self, text: str, most: int | None) -> np.ndarray:
+        """A text with spaces around it as at most so many tokens, and the end."""
+        space = self.template.space
+        tokens = self.encoding.encode_ordinary(f"{space}{text}{space}")[:most]
+        return np.array([*tokens, self.encoding.eot_token], np.int32)
 
     def count(self, split: str, fraction: float = 1.0) -> int:
         """How many examples there are. This needs no tokens."""
         total = sum(len(pair.references) for pair in self.splits[split])
-        return total if fraction == 1 else max(1, round(fraction * total))
+        return max(1, round(fraction * total))
 
     def examples(self, split: str, fraction: float = 1.0) -> list[tuple[np.ndarray, np.ndarray]]:
         """(source, target) as tokens, one per reference. A smaller fraction is part of a larger."""
@@ -167,37 +162,61 @@ class Text(Batched):
     def order(self, examples: list, batch: int, rng: np.random.Generator | None) -> list[list]:
         """Batches of like length, shuffled if there is an rng, else in order of length."""
         lengths = np.array([len(source) + len(target) for source, target in examples])
-        return [[examples[i] for i in rows] for rows in ordered(lengths, batch, rng)]
+        order = np.argsort(lengths, kind="stable")
+
+        # While training: shuffle, sort by length inside stretches of 100 batches, and ...
+        if rng is not None:
+            shuffled = rng.permutation(len(examples))
+            stretch = np.arange(len(examples)) // (100 * batch)
+            order = shuffled[np.lexsort((lengths[shuffled], stretch))]
+        starts = range(0, len(examples), batch)
+        batches = [[examples[i] for i in order[start : start + batch]] for start in starts]
+
+        # ... shuffle the batches.
+        if rng is not None:
+            batches = [batches[i] for i in rng.permutation(len(batches))]
+        return batches
 
     def gather(self, examples: list, rng: np.random.Generator | None) -> tuple[Tensor, ...]:
-        """Tokens (B, T), target_positions (B, Q) and labels (B, Q), all int64."""
-        return gather(examples)
+        """One batch: tokens (B, T), target_positions (B, Q) and labels (B, Q), all int64."""
+        # The last eos is a label only, since nothing follows it.
+        texts = [torch.from_numpy(np.append(source, target[:-1])) for source, target in examples]
+        targets = [torch.from_numpy(target) for _, target in examples]
+        tokens = pad_sequence(texts, batch_first=True).long()  # (B, T)
+        labels = pad_sequence(targets, batch_first=True, padding_value=-100).long()  # (B, Q)
+
+        # A text's columns begin at bos, which ends its source; in padding the last one is repeated.
+        bos = torch.tensor([len(source) - 1 for source, _ in examples])  # (B,)
+        last = torch.tensor([len(target) - 1 for target in targets])  # (B,)
+        columns = torch.arange(labels.shape[1])  # (Q,)
+        positions = bos[:, None] + torch.minimum(columns, last[:, None])  # (B, Q)
+        return tokens, positions, labels
 
     def must_fit(self, room: int, splits: Iterable[str], length: int = 0) -> None:
         """UsageError if an example, or a prompt and all that may be written, exceeds `room` tokens.
 
         room: the positions of a backbone that the `length` vectors of a prefix leave.
         """
-        needs = [
-            (len(tokens) + max(self.template.longest, *map(len, targets)) - 1, pair.source)
-            for split in splits
-            for (tokens, targets), pair in zip(self.tokens(split), self.splits[split], strict=True)
-        ]
+        needs = []
+        for split in splits:
+            for (tokens, targets), pair in zip(self.tokens(split), self.splits[split], strict=True):
+                written = max([self.template.longest, *map(len, targets)])
+                needs.append((len(tokens) + written - 1, pair.source))
         longest, source = max(needs)
         if longest <= room:
             return
         over, most = sum(need > room for need, _ in needs), room + length - longest
-        advice = f"--length {most} or less would do" if most > 0 else "a shorter prefix is no help"
+        advice = "take a backbone with a longer context, or shorten these texts"
+        if most > 0:
+            advice = f"take --length {most} or less, or a backbone with a longer context"
         raise UsageError(
             f"{over:,} of {len(needs):,} texts of {self.task} do not fit: the longest needs "
-            f"{longest} of {room} positions ('{source[:40]}...'); take a backbone with a longer "
-            f"context, or shorten these texts; {advice}"
+            f"{longest} of {room} positions ('{source[:40]}...'); {advice}"
         )
 
-    def prompts(self, split: str) -> list[tuple[list[int], Pair]]:
-        """Per source, however many its references: the tokens up to bos, and the pair."""
-        both = zip(self.tokens(split), self.splits[split], strict=True)
-        return [(tokens.tolist(), pair) for (tokens, _), pair in both]
+    def prompts(self, split: str) -> list[list[int]]:
+        """Per source, however many its references: the tokens up to bos."""
+        return [tokens.tolist() for tokens, _ in self.tokens(split)]
 
     @property
     def decoding(self) -> dict:
@@ -206,39 +225,9 @@ class Text(Batched):
         banned = tuple(end[0] for end in ends if len(end) == 1)
         return {"max_new": self.template.longest, "eos": self.encoding.eot_token, "banned": banned}
 
-    def decode(self, tokens: Iterable[int]) -> str:
-        """The text up to the first eos, stripped; bytes that are not UTF-8 become U+FFFD."""
-        end = self.encoding.eot_token
-        return self.encoding.decode(list(takewhile(lambda token: token != end, tokens))).strip()
-
-
-def ordered(lengths: np.ndarray, batch: int, rng: np.random.Generator | None) -> list[np.ndarray]:
-    """The numbers of all examples as batches of like length. The last one may be smaller."""
-    n = len(lengths)
-    if rng is None:
-        return np.split(np.argsort(lengths, kind="stable"), range(batch, n, batch))
-    # Shuffle, sort by length inside stretches of 100 batches, and shuffle the batches.
-    shuffled = rng.permutation(n)
-    order = shuffled[np.lexsort((lengths[shuffled], np.arange(n) // (STRETCH * batch)))]
-    batches = np.split(order, range(batch, n, batch))
-    return [batches[i] for i in rng.permutation(len(batches))]
-
-
-def gather(examples: list[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tensor, Tensor]:
-    """One batch: tokens (B, T), target_positions (B, Q) and labels (B, Q).
-
-    The last eos is a label only, since nothing follows it.
-    """
-    B, Q = len(examples), max(len(target) for _, target in examples)
-    T = max(len(source) + len(target) for source, target in examples) - 1
-    tokens, positions = np.zeros((B, T), np.int64), np.zeros((B, Q), np.int64)
-    labels = np.full((B, Q), -100)
-    for row, (source, target) in enumerate(examples):
-        s, t = len(source), len(target)
-        tokens[row, :s], tokens[row, s : s + t - 1] = source, target[:-1]
-        positions[row] = s - 1 + np.minimum(np.arange(Q), t - 1)  # bos is column s - 1
-        labels[row, :t] = target
-    return torch.from_numpy(tokens), torch.from_numpy(positions), torch.from_numpy(labels)
+    def decode(self, tokens: list[int]) -> str:
+        """The text, stripped; bytes that are not UTF-8 become U+FFFD."""
+        return self.encoding.decode(tokens).strip()
 
 
 # Reading files of texts
@@ -253,15 +242,12 @@ def read(path: str | Path) -> str:
     try:
         raw = Path(path).read_bytes()
         raw = gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise UsageError(f"{path} cannot be read ({error}); {WHOLE}") from error
-    try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise UsageError(
-            f"{path} line {line}: not UTF-8; save the file in this encoding"
-        ) from error
+        raise UsageError(f"{path} line {line}: not UTF-8; save the file as UTF-8") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UsageError(f"{path} cannot be read ({error}); {WHOLE}") from error
 
 
 def lines(path: str | Path) -> Iterator[tuple[str, str]]:
@@ -280,26 +266,16 @@ def parsed(place: str, line: str) -> dict:
     """A line of a .jsonl file. UsageError, with json's own words, if it is no object."""
     try:
         row = json.loads(line)
-    except RecursionError:
-        row = None
-    except ValueError as error:
-        column, reason = getattr(error, "colno", 1), getattr(error, "msg", error)
-        raise UsageError(f"{place}, column {column}: {reason}; mend it") from error
-    if isinstance(row, dict):
-        return row
-    raise UsageError(f"{place}: no object in braces, but {line[:40]}; mend it")
+    except (ValueError, RecursionError) as error:
+        reason = str(error).replace(" line 1 ", " ")  # json calls every line the first
+        raise UsageError(f"{place}: {reason}; mend it") from error
+    if not isinstance(row, dict):
+        raise UsageError(f"{place}: no object in braces, but {line[:40]}; mend it")
+    return row
 
 
-def source_of(place: str, line: str) -> tuple[str, dict]:
-    """The source of a line of pairs, and the whole row."""
-    row = parsed(place, line)
-    if not isinstance(row.get("source"), str):
-        raise UsageError(f'{place}: no {{"source": "..."}}, but {line[:40]}; mend it')
-    return one_line(row["source"]), row
-
-
-def is_jsonl(name: str | Path) -> bool:
-    return str(name).lower().endswith((".jsonl", ".jsonl.gz"))
+def is_jsonl(path: str | Path) -> bool:
+    return str(path).lower().endswith((".jsonl", ".jsonl.gz"))
 
 
 def read_sources(path: str | Path) -> list[str]:
@@ -308,10 +284,15 @@ def read_sources(path: str | Path) -> list[str]:
     They are read as training reads them: byte order marks and line ends do not count, and white
     space is one space.
     """
-    found = list(lines(path))
-    if is_jsonl(path) or (str(path) == "-" and found and found[0][1].startswith("{")):
-        return [source_of(place, line)[0] for place, line in found]
-    return [one_line(line) for _, line in found]
+    if not is_jsonl(path):
+        return [one_line(line) for _, line in lines(path)]
+    sources = []
+    for place, line in lines(path):
+        source = parsed(place, line).get("source")
+        if not isinstance(source, str):
+            raise UsageError(f'{place}: no {{"source": "..."}}, but {line[:40]}; mend it')
+        sources.append(one_line(source))
+    return sources
 
 
 # Two made tasks. `restaurants` asks for combinations of values that its train split never shows.
@@ -386,14 +367,12 @@ def distinct(make: Callable[[], Pair], n: int) -> list[Pair]:
 def guide(rng: random.Random) -> Pair:
     """Two or three attributes of a place, told in a style and an order drawn at random."""
     kind, own = rng.choice(list(KINDS)), name(rng)
-    chosen = {}
-    for attribute in rng.sample(KINDS[kind], rng.choice((2, 3))):
-        chosen[attribute] = rng.choice(VALUES.get(attribute) or [name(rng)])
+    attributes = rng.sample(KINDS[kind], rng.choice((2, 3)))
+    chosen = {a: rng.choice(VALUES.get(a) or [name(rng)]) for a in attributes}
     style, joint = rng.choice(STYLES)
-    said = []
-    for attribute, value in rng.sample(list(chosen.items()), len(chosen)):
-        said.append(rng.choice(WORDINGS[attribute]).format(value))
-    return Pair(source({kind: own} | chosen), [style.format(joint.join(said), name=own, kind=kind)])
+    told = rng.sample(list(chosen.items()), len(chosen))
+    said = joint.join(rng.choice(WORDINGS[a]).format(value) for a, value in told)
+    return Pair(source({kind: own} | chosen), [style.format(said, name=own, kind=kind)])
 
 
 def guidebook() -> dict[str, list[Pair]]:
@@ -403,8 +382,10 @@ def guidebook() -> dict[str, list[Pair]]:
 
 def restaurant(rng: random.Random, food: str, price: str, area: str) -> Pair:
     attributes = {"restaurant": name(rng), "food": food, "price": price, "area": area}
-    attributes |= {"near": name(rng)} if rng.random() < 0.5 else {}
-    beside = f" near {attributes['near']}" if "near" in attributes else ""
+    beside = ""
+    if rng.random() < 0.5:
+        attributes["near"] = name(rng)
+        beside = f" near {attributes['near']}"
     texts = [saying.format(**attributes, beside=beside) for saying in SAYINGS]
     return Pair(source(attributes), texts)
 
@@ -413,12 +394,9 @@ def restaurants() -> dict[str, list[Pair]]:
     """Of 120 combinations train has 80, 10 times each, val 10 and test 30, 3 times each."""
     rng = random.Random(0)
     meanings = rng.sample(list(product(VALUES["food"], VALUES["price"], VALUES["area"])), 120)
-
-    def told(meanings: list[tuple], times: int) -> list[Pair]:
-        return [p for m in meanings for p in distinct(partial(restaurant, rng, *m), times)]
-
-    return {
-        "train": told(meanings[:80], 10),
-        "val": told(meanings[80:90], 3),
-        "test": told(meanings[90:], 3),
-    }
+    splits = {"train": (meanings[:80], 10), "val": (meanings[80:90], 3), "test": (meanings[90:], 3)}
+    told: dict[str, list[Pair]] = {}
+    for split, (chosen, times) in splits.items():
+        each = [distinct(partial(restaurant, rng, *meaning), times) for meaning in chosen]
+        told[split] = list(chain.from_iterable(each))
+    return told

@@ -11,7 +11,6 @@ ROUGE        F-measure of words, of pairs, and of the longest common subsequence
 CIDEr        likeness to the references in runs of words, each weighed by how few sources have it
 TER          edits (words, and moves of phrases) to the nearest reference, per reference word
 
-A metric reads all texts once, and returns functions that give a score over any rows of them.
 All are percentages, but NIST and CIDEr; less is better in TER alone. docs/differences.md has our
 figures beside those of the official programs.
 """
@@ -24,11 +23,12 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from itertools import zip_longest
 from operator import or_
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -38,139 +38,131 @@ from support.files import write
 from support.runs import BAR, WRITE, final_prefix, lines, use_bf16
 
 Rows = list[tuple[str, list[str]]]  # written texts, each with its references
-Over = Callable[[list[int]], float]  # a score over some rows
-Metric = Callable[[Rows], dict[str, Over]]
+Metric = Callable[[Rows], dict[str, float]]
 
-KINDS = ("rouge1", "rouge2", "rougeL")  # rouge_score's names
 progress = partial(tqdm, unit="text", delay=2, mininterval=1, leave=None)
 
 
-def mean(values: list[float]) -> Over:
-    return lambda at: 100 * fmean(values[i] for i in at)
-
-
-def bleu(rows: Rows, name: str = "BLEU", absent: Any = None, **options: Any) -> dict[str, Over]:
+def bleu(
+    rows: Rows, name: str = "BLEU", absent: str | None = None, **options: Any
+) -> dict[str, float]:
     """absent: what a source with fewer references has in place of the others; None is nothing."""
     from sacrebleu.metrics import BLEU
 
-    def over(at: list[int]) -> float:
-        streams = list(zip_longest(*(rows[i][1] for i in at), fillvalue=absent))
-        return BLEU(force=True, **options).corpus_score([rows[i][0] for i in at], streams).score
-
-    return {name: over}
+    outputs, references = zip(*rows, strict=True)
+    streams = list(zip_longest(*references, fillvalue=absent))
+    return {name: BLEU(force=True, **options).corpus_score(outputs, streams).score}
 
 
-def nist(rows: Rows) -> dict[str, Over]:
+def nist(rows: Rows) -> dict[str, float]:
     """Sum over n: the information of the n-grams that a reference has too, per n-gram written.
 
     An n-gram's information is log2(count of its first n - 1 words / its count) over all references.
-    Short texts are penalised, by 1/2 at 2/3 of the expected length. NIST expects, for each source,
-    the mean length of its references (e2e-metrics -p); NIST (Perl) expects all references' words
-    divided by the mean number of references (e2e-metrics without -p).
+    Short texts are penalised, by 1/2 at 2/3 of the expected length, which is the mean length of a
+    source's references. Perl's mteval-v13a expects another length where sources have different
+    numbers of references; e2e-metrics runs it unless it is called with -p.
     """
+    from sacrebleu.metrics.helpers import extract_all_word_ngrams
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
     split = Tokenizer13a()
 
-    def ngrams(text: str) -> Counter[tuple[str, ...]]:
-        """n = 0 counts the words."""
-        words = split(text).lower().split()
-        starts = [(n, i) for n in range(6) for i in range(len(words) - max(n, 1) + 1)]
-        return Counter(tuple(words[i : i + n]) for n, i in starts)
+    def ngrams(text: str) -> Any:
+        """Runs of up to five words with their counts, and the number of words."""
+        return extract_all_word_ngrams(split(text).lower(), 1, 5)
 
-    written = [ngrams(text) for text, _ in rows]
-    known = [[ngrams(text) for text in references] for _, references in rows]
+    written = [ngrams(output) for output, _ in rows]
+    known = [[ngrams(text) for text in own] for _, own in rows]
 
-    def over(at: list[int], perl: bool = False) -> float:
-        total = Counter(run for i in at for own in known[i] for run in own.elements())
-        made = Counter(len(run) for i in at for run in written[i].elements())
+    # How often the references have an n-gram, and how many n-grams of each length were written.
+    total = Counter(run for own in known for runs, _ in own for run in runs.elements())
+    total[()] = sum(words for own in known for _, words in own)
+    made = Counter(len(run) for runs, _ in written for run in runs.elements())
 
-        # an n-gram matches as often as the reference that has it most often
-        value = 0.0
-        for i in at:
-            for run in (written[i] & reduce(or_, known[i])).elements():
-                value += math.log2(total[run[:-1]] / total[run]) / made[len(run)]
+    # An n-gram matches as often as the reference that has it most often.
+    value = 0.0
+    for (runs, _), own in zip(written, known, strict=True):
+        for run in (runs & reduce(or_, (other for other, _ in own))).elements():
+            value += math.log2(total[run[:-1]] / total[run]) / made[len(run)]
 
-        if perl:
-            length = total[()] / fmean(len(known[i]) for i in at)
-        else:
-            length = sum(fmean(own[()] for own in known[i]) for i in at)
-        short = math.log(min(1, max(1, made[0]) / max(1, length)), 1.5)
-        return value * 0.5 ** (short**2)
-
-    return {"NIST": over, "NIST (Perl)": partial(over, perl=True)}
+    # The penalty of length.
+    expected = sum(fmean(words for _, words in own) for own in known)
+    short = math.log(min(1, max(1, made[1]) / max(1, expected)), 1.5)
+    return {"NIST": value * 0.5 ** (short**2)}
 
 
-def java(module: Any, jar: str, arguments: str, texts: list[str]) -> list[str]:
-    """What a jar beside a module answers, a line for each text.
+def java(jar: str, arguments: str, **files: list[str]) -> str:
+    """What a jar of pycocoevalcap prints. Its arguments name the files, which have a text a line.
 
-    Java 17 and older would read texts as the locale says, hence UTF-8.
+    Java 17 and older would read them as the locale says, hence UTF-8.
     """
-    path = str(Path(module.__file__).with_name(jar))
-    command = ["java", "-Dfile.encoding=UTF-8", "-Xmx2G", "-cp", path, *arguments.split()]
-    lines = "".join(text + "\n" for text in texts)
-    done = subprocess.run(command, input=lines, capture_output=True, encoding="utf-8", check=True)
-    return done.stdout.split("\n")
+    import pycocoevalcap
+
+    path = Path(pycocoevalcap.__path__[0], jar).absolute()
+    command = ["java", "-Dfile.encoding=UTF-8", "-Xmx2G", "-cp", str(path), *arguments.split()]
+    with TemporaryDirectory() as folder:
+        for name, texts in files.items():
+            Path(folder, name).write_text("".join(text + "\n" for text in texts), "utf-8")
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, encoding="utf-8", check=True
+        )
+    return done.stdout
 
 
-def meteor(rows: Rows) -> dict[str, Over]:
-    """METEOR 1.5: SCORE gives the counts of a text, EVAL the score of each of them, then of all."""
-    from pycocoevalcap.meteor import meteor as coco
-
-    ask = partial(java, coco, coco.METEOR_JAR, "Meteor - - -stdio -l en -norm")
-    counts = ask([" ||| ".join(["SCORE", *own, output]) for output, own in rows])
-
-    def over(at: list[int]) -> float:
-        return 100 * float(ask([" ||| ".join(["EVAL", *(counts[i] for i in at)])])[len(at)])
-
-    return {"METEOR": over}
+def meteor(rows: Rows) -> dict[str, float]:
+    """METEOR 1.5. It wants equally many references for all, so empty ones fill up."""
+    most = max(len(own) for _, own in rows)
+    references = [text for _, own in rows for text in own + [""] * (most - len(own))]
+    outputs = [output for output, _ in rows]
+    arguments = f"Meteor outputs references -l en -norm -r {most}"
+    said = java("meteor/meteor-1.5.jar", arguments, outputs=outputs, references=references)
+    return {"METEOR": 100 * float(said.split()[-1])}
 
 
-def coco(rows: Rows) -> dict[str, Over]:
+def coco(rows: Rows) -> dict[str, float]:
     """On the Penn Treebank's words, in lower case and without punctuation."""
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
-    from pycocoevalcap.tokenizer import ptbtokenizer as penn
+    from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 
-    # one call of the tokeniser for all texts; METEOR separates texts by |||
-    tokenizer = "edu.stanford.nlp.process.PTBTokenizer -preserveLines -lowerCase"
+    # One call of the tokeniser for all texts.
     texts = [" ".join(text.split()) for output, own in rows for text in (output, *own)]
-    lines = java(penn, penn.STANFORD_CORENLP_3_4_1_JAR, tokenizer, texts)
-    dropped = {*penn.PUNCTUATIONS, "|||"}
-    split = (" ".join(word for word in line.split(" ") if word not in dropped) for line in lines)
+    tokenizer = "edu.stanford.nlp.process.PTBTokenizer -preserveLines -lowerCase texts"
+    lines = java("tokenizer/stanford-corenlp-3.4.1.jar", tokenizer, texts=texts).split("\n")
+    words = ([word for word in line.split(" ") if word not in PUNCTUATIONS] for line in lines)
+    split = map(" ".join, words)
     rows = [(next(split), [next(split) for _ in own]) for _, own in rows]
 
-    def cider(at: list[int]) -> float:
-        written = {i: [rows[i][0]] for i in at}
-        return Cider().compute_score({i: rows[i][1] for i in at}, written)[0]
-
-    rouge_l = mean([Rouge().calc_score([output], own) for output, own in rows])
-    return meteor(rows) | {"ROUGE-L": rouge_l, "CIDEr": cider}
+    rouge_l = [Rouge().calc_score([output], own) for output, own in rows]
+    written = {i: [output] for i, (output, _) in enumerate(rows)}
+    cider, _ = Cider().compute_score({i: own for i, (_, own) in enumerate(rows)}, written)
+    return meteor(rows) | {"ROUGE-L": 100 * fmean(rouge_l), "CIDEr": cider}
 
 
-def ter(rows: Rows) -> dict[str, Over]:
+@cache  # TER takes the longest, and a text is also in a group
+def edits(output: str, *references: str) -> Any:
     from sacrebleu.metrics import TER
 
-    parts = [TER().sentence_score(*row) for row in progress(rows, desc="TER")]
-
-    def over(at: list[int]) -> float:
-        words = sum(parts[i].ref_length for i in at)
-        return 100 * sum(parts[i].num_edits for i in at) / max(1, words)
-
-    return {"TER": over}
+    return TER().sentence_score(output, references)
 
 
-def rouge(rows: Rows, names: Sequence[str] = KINDS) -> dict[str, Over]:
+def ter(rows: Rows) -> dict[str, float]:
+    parts = [edits(output, *own) for output, own in progress(rows, "TER")]
+    words = sum(part.ref_length for part in parts)
+    return {"TER": 100 * sum(part.num_edits for part in parts) / max(1, words)}
+
+
+def rouge(rows: Rows, name: str = "rouge") -> dict[str, float]:
     """The best reference counts."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(KINDS, use_stemmer=True)
-    parts = [scorer.score_multi(own, output) for output, own in progress(rows, desc="ROUGE")]
-    scores = zip(names, KINDS, strict=True)
-    return {name: mean([part[kind].fmeasure for part in parts]) for name, kind in scores}
+    kinds = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(kinds, use_stemmer=True)
+    parts = [scorer.score_multi(own, output) for output, own in progress(rows, "ROUGE")]
+    return {name + kind[-1]: 100 * fmean(part[kind].fmeasure for part in parts) for kind in kinds}
 
 
-def as_webnlg(metric: Metric, rows: Rows) -> dict[str, Over]:
+def as_webnlg(metric: Metric, rows: Rows) -> dict[str, float]:
     """Score texts as the challenge prepares them: lower case, ASCII, signs apart, 3 references."""
     from unidecode import unidecode
 
@@ -199,7 +191,7 @@ RULES: dict[str, dict[str, Metric]] = {
         "METEOR": partial(as_webnlg, meteor),
         "TER": partial(as_webnlg, ter),
     },
-    "xsum": {"ROUGE": partial(rouge, names=("ROUGE-1", "ROUGE-2", "ROUGE-L"))},
+    "xsum": {"ROUGE": partial(rouge, name="ROUGE-")},
     "plain": {"sacreBLEU": partial(bleu, name="sacreBLEU"), "ROUGE": rouge},
 }
 JAVA = "it takes Java (Debian: apt-get install default-jre-headless)"
@@ -213,13 +205,12 @@ def score(
     Also a sentence for every score that is left out because something is missing, and the cure.
     A pair has references and a group ("" is none).
     """
-    rows = [(output, pair.references) for output, pair in zip(outputs, pairs, strict=True)]
-    groups: dict[str, list[int]] = {}
-    for i, pair in enumerate(pairs):
-        for name in {"", pair.group and f" {pair.group}"}:
-            groups.setdefault(name, []).append(i)
+    groups: dict[str, Rows] = {}
+    for output, pair in zip(outputs, pairs, strict=True):
+        for group in {"", pair.group and f" {pair.group}"}:
+            groups.setdefault(group, []).append((output, pair.references))
 
-    # without Java the plain scores stand in for those that need it
+    # Without Java the plain scores stand in for those that need it.
     metrics = RULES[rules]
     if rules in ("e2e", "webnlg") and not shutil.which("java"):
         metrics = metrics | RULES["plain"]
@@ -227,8 +218,8 @@ def score(
     missing = []
     for names, metric in metrics.items():
         try:
-            for name, over in metric(rows).items():
-                scores |= {name + group: over(groups[group]) for group in sorted(groups)}
+            for group, rows in sorted(groups.items()):
+                scores |= {name + group: value for name, value in metric(rows).items()}
         except ImportError as error:
             missing.append(f"{names} left out ({error}): pip install -r requirements-text.txt")
         except (OSError, ValueError, subprocess.SubprocessError) as error:
@@ -240,7 +231,7 @@ def score(
 def write_texts(config: Any, model: Any, backbone: Any, data: Any) -> dict[str, float]:
     """Write a text for every source of the test split, keep them in its order, score them."""
     # Prompts of like length are written together; each text then goes back to its place.
-    prompts, pairs = zip(*data.prompts("test"), strict=True)
+    prompts, pairs = data.prompts("test"), data.splits["test"]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     writer = model.backbone or backbone
     prefix_kv = final_prefix(config, model, backbone)  # (depth, 2, H, L, Dh)

@@ -13,11 +13,10 @@ import pytest
 from pyarrow import parquet
 
 from support import corpora, files
-from support.corpora import TEXT_TASKS, Pair, Text, encoding
+from support.corpora import here, load, load_jsonl
 from support.files import UsageError
-from support.language import EOT
+from support.language import EOT, Pair, Text, read_sources
 
-BYTES = encoding("bytes")
 # Commas, quotes, a line break in a reference, references apart from each other, non-ASCII text.
 E2E = {
     "trainset.csv": """mr,ref
@@ -60,14 +59,18 @@ def sha256(content: str) -> str:
     return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
 
 
+def publish(site, patch, names: dict[str, str], checksums: dict[str, str]) -> None:
+    """Have these files downloaded from the site: path below --data-dir -> path on the site."""
+    patch.setattr(corpora, "URLS", [[name, f"{site.url}/{at}"] for name, at in names.items()])
+    patch.setattr(corpora, "CHECKSUMS", checksums)
+
+
 def publish_e2e(site, patch) -> None:
     put(site.folder, E2E)
-    patch.setattr(corpora, "E2E_URL", site.url)
-    blob = b"blob %d\0" % len(E2E["trainset.csv"].encode()) + E2E["trainset.csv"].encode()
-    pins = {"train": f"git:{hashlib.sha1(blob).hexdigest()}"}
-    pins |= {"val": sha256(E2E["devset.csv"]), "test": sha256(E2E["testset_w_refs.csv"])}
-    for split, (file, _) in corpora.E2E_FILES.items():
-        patch.setitem(corpora.E2E_FILES, split, (file, pins[split]))
+    content = E2E["trainset.csv"].encode()
+    git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    checksums = {name: sha256(text) for name, text in E2E.items()} | {"trainset.csv": f"git:{git}"}
+    publish(site, patch, {f"e2e/{name}": name for name in E2E}, checksums)
 
 
 def webnlg_files() -> dict[str, str]:
@@ -79,14 +82,14 @@ def webnlg_files() -> dict[str, str]:
 
 
 def publish_webnlg(site, patch) -> None:
-    top = f"webnlg-dataset-{corpora.WEBNLG_COMMIT}/webnlg_challenge_2017"
     with tarfile.open(site.folder / "webnlg.tar.gz", "w:gz") as archive:
         for name, content in webnlg_files().items():
-            member = tarfile.TarInfo(f"{top}/{name}")
+            member = tarfile.TarInfo(f"webnlg-dataset-1c77/webnlg_challenge_2017/{name}")
             member.size = len(content.encode())
             archive.addfile(member, io.BytesIO(content.encode()))
-    patch.setattr(corpora, "WEBNLG_URL", f"{site.url}/webnlg.tar.gz")
-    patch.setattr(corpora, "WEBNLG_TEST", sha256(webnlg_files()["test/testdata_with_lex.xml"]))
+    checksum = sha256(webnlg_files()["test/testdata_with_lex.xml"])
+    names = {"webnlg/webnlg-dataset.tar.gz": "webnlg.tar.gz"}
+    publish(site, patch, names, {"testdata_with_lex.xml": checksum})
 
 
 def table(rows: list[tuple[str | None, str]]) -> bytes:
@@ -111,7 +114,7 @@ def whole(data: Text, split: str) -> list[str]:
 
 def test_e2e_goes_from_its_csv_files_to_the_official_template(site, tmp_path, monkeypatch):
     publish_e2e(site, monkeypatch)
-    data = Text("e2e", BYTES, **corpora.load_e2e(tmp_path / "data"))
+    data = Text("e2e", "bytes", **load("e2e", tmp_path / "data"))
     assert whole(data, "train") == [
         f" name : Alimentum | area : city centre | family friendly : no {EOT}"
         f" There is a place, Alimentum, that is not. {EOT}",
@@ -126,20 +129,31 @@ def test_e2e_goes_from_its_csv_files_to_the_official_template(site, tmp_path, mo
     ]
     assert data.splits["test"] == [Pair("name : Aromi", ["Aromi.", "It is Aromi."])]
     asked = len(site.log)
-    assert corpora.load_e2e(tmp_path / "data")["splits"] == data.splits
+    assert load("e2e", tmp_path / "data")["splits"] == data.splits
     assert (asked, len(site.log)) == (3, 3)  # nothing was fetched again
 
 
 @pytest.mark.parametrize("layout", ["", "e2e", "e2e-dataset", "e2e/e2e-dataset-1.0.0"])
-def test_e2e_files_that_the_user_has_are_found_and_verified(layout, site, tmp_path, monkeypatch):
+def test_e2e_files_that_the_user_has_are_read_and_not_fetched(layout, tmp_path):
+    root = tmp_path / ".cache" / "data"  # --data-dir may be hidden; what is hidden in it is no data
+    put(root / layout, E2E)
+    put(root / layout / ".ipynb_checkpoints", E2E | {"trainset.csv": "mr,ref\nname[A],A\n"})
+    assert here("e2e", root)
+    assert len(load("e2e", root)["splits"]["train"]) == 2
+
+
+def test_a_download_that_is_another_file_is_refused(site, tmp_path, monkeypatch):
     publish_e2e(site, monkeypatch)
-    put(tmp_path / "data" / layout, E2E)
-    assert TEXT_TASKS["e2e"].here(tmp_path / "data")
-    assert len(corpora.load_e2e(tmp_path / "data")["splits"]["train"]) == 2
-    assert site.log == []
-    put(tmp_path / "data" / layout, {"trainset.csv": E2E["trainset.csv"].replace("kids", "cats")})
-    with pytest.raises(UsageError, match=r"trainset.csv has git .* damaged, or another file"):
-        corpora.load_e2e(tmp_path / "data")
+    put(site.folder, {"trainset.csv": E2E["trainset.csv"].replace("kids", "cats")})
+    with pytest.raises(
+        UsageError, match=r"trainset.csv.partial has git .* damaged, or another fil"
+    ):
+        load("e2e", tmp_path / "data")
+    assert not (tmp_path / "data" / "e2e" / "trainset.csv").exists()
+    publish_webnlg(site, monkeypatch)
+    monkeypatch.setitem(corpora.CHECKSUMS, "testdata_with_lex.xml", sha256("another"))
+    with pytest.raises(UsageError, match=r"testdata_with_lex.xml has sha256 .* damaged, or anothe"):
+        load("webnlg", tmp_path / "data")
 
 
 def test_git_s_checksum_is_the_name_that_git_gives_a_file(tmp_path):
@@ -151,8 +165,8 @@ def test_git_s_checksum_is_the_name_that_git_gives_a_file(tmp_path):
 
 def test_webnlg_goes_from_its_xml_files_to_the_official_template(site, tmp_path, monkeypatch):
     publish_webnlg(site, monkeypatch)
-    assert not TEXT_TASKS["webnlg"].here(tmp_path / "data")
-    data = Text("webnlg", BYTES, **corpora.load_webnlg(tmp_path / "data"))
+    assert not here("webnlg", tmp_path / "data")
+    data = Text("webnlg", "bytes", **load("webnlg", tmp_path / "data"))
     assert whole(
         data, "train"
     ) == [  # only "good" texts; two spaces before the first separator, as the official code
@@ -164,37 +178,43 @@ def test_webnlg_goes_from_its_xml_files_to_the_official_template(site, tmp_path,
         Pair(f"{SOURCE}Spain", ['Aarhus & Ajoblanco, "one".', "Second."], "seen"),
         Pair(f"{SOURCE}Chile", ['Aarhus & Ajoblanco, "two".', "Second."], "unseen"),
     ]
-    assert TEXT_TASKS["webnlg"].here(tmp_path / "data")
-    assert corpora.load_webnlg(tmp_path / "data")["splits"] == data.splits
+    assert here("webnlg", tmp_path / "data")
+    assert load("webnlg", tmp_path / "data")["splits"] == data.splits
     assert len(site.log) == 1
 
 
 @pytest.mark.parametrize(
     "layout", ["", "webnlg", "webnlg-dataset-master/webnlg_challenge_2017", "any"]
 )
-def test_webnlg_files_that_the_user_has_are_found_and_counted(
-    layout, site, tmp_path, monkeypatch, capsys
-):
-    publish_webnlg(site, monkeypatch)
-    put(tmp_path / "data" / layout, webnlg_files())
-    assert len(corpora.load_webnlg(tmp_path / "data")["splits"]["test"]) == 2
-    assert site.log == []
-    (tmp_path / "data" / layout / "dev/2triples/b.xml").unlink()
-    with pytest.raises(UsageError, match=r"no files of webnlg for val; this is read: .*web_nlg"):
-        corpora.load_webnlg(tmp_path / "data")
-    put(tmp_path / "data" / layout, {"dev/2triples/b.xml": webnlg_files()["train/1triples/a.xml"]})
-    corpora.load_webnlg(tmp_path / "data")
+def test_webnlg_files_that_the_user_has_are_read_and_counted(layout, tmp_path, capsys):
+    put(tmp_path / layout, webnlg_files())
+    put(tmp_path / layout, {"train/1triples/._a.xml": "what a Mac leaves in an archive"})
+    assert len(load("webnlg", tmp_path)["splits"]["test"]) == 2
     assert (
-        "'val': 3, 'test': 4} texts here, {'train': 18025, 'val': 2258" in capsys.readouterr().err
+        "'val': 2, 'test': 4} texts here, {'train': 18025, 'val': 2258" in capsys.readouterr().err
     )
+
+
+def test_a_layout_without_one_of_its_splits_is_not_used(site, tmp_path, monkeypatch):
+    publish_webnlg(site, monkeypatch)
+    put(tmp_path / "data" / "any", webnlg_files())
+    (tmp_path / "data" / "any" / "dev/2triples/b.xml").unlink()
+    assert not here("webnlg", tmp_path / "data")
+    assert len(load("webnlg", tmp_path / "data")["splits"]["val"]) == 1
+    assert len(site.log) == 1
+    unpacked = tmp_path / "data/webnlg/unpacked/webnlg-dataset-1c77/webnlg_challenge_2017"
+    (unpacked / "dev/2triples/b.xml").unlink()
+    with pytest.raises(UsageError, match=r"webnlg is not whole; delete it.*train/\*/\*.xml, dev/"):
+        load("webnlg", tmp_path / "data")
 
 
 def test_xsum_is_cut_to_its_limits_and_gets_no_spaces(site, tmp_path, monkeypatch):
     article = [("d" * 600, "s" * 120), ("Short\nnews.", "“It is”  new."), (None, "No article.")]
-    put(site.folder, {f"{name}.parquet": table(article) for name in corpora.XSUM_FILES})
-    for name in corpora.XSUM_FILES:
-        monkeypatch.setitem(corpora.XSUM_FILES, name, (f"{site.url}/{name}.parquet", None))
-    data = Text("xsum", BYTES, **corpora.load_xsum(tmp_path / "data"))
+    put(site.folder, {"one.parquet": table(article)})
+    names = {f"xsum/{name}.parquet": "one.parquet" for name in ("train", "val", "test")}
+    test = hashlib.sha256(table(article)).hexdigest()
+    publish(site, monkeypatch, names, {"test.parquet": f"sha256:{test}"})
+    data = Text("xsum", "bytes", **load("xsum", tmp_path / "data"))
     assert whole(data, "train") == [
         f"{'d' * 512}{EOT}{'s' * 60}{EOT}",
         f"Short news.{EOT}“It is” new.{EOT}",
@@ -203,10 +223,10 @@ def test_xsum_is_cut_to_its_limits_and_gets_no_spaces(site, tmp_path, monkeypatc
     assert len(data.examples("val")[0][1]) == 61  # as for train
     assert len(data.examples("test")[0][1]) == 101  # 100 and the end
     assert data.splits["val"][0].references == ["s" * 120]  # it is scored against all of it
-    assert TEXT_TASKS["xsum"].here(tmp_path / "data")
+    assert here("xsum", tmp_path / "data")
     put(tmp_path / "data/xsum", {"test.parquet": b"PAR1"})
     with pytest.raises(UsageError, match=r"test.parquet cannot be read"):
-        corpora.load_xsum(tmp_path / "data")
+        load("xsum", tmp_path / "data")
 
 
 def test_prefix_tuning_s_own_files_are_read_as_they_stand(tmp_path):
@@ -216,12 +236,12 @@ def test_prefix_tuning_s_own_files_are_read_as_they_stand(tmp_path):
         "src1_test.txt": "name : D||D . \nname : D||D !\n",
     }
     put(tmp_path / "e2e_data", e2e)
-    data = Text("e2e", BYTES, **corpora.load_e2e(tmp_path))
+    data = Text("e2e", "bytes", **load("e2e", tmp_path))
     assert whole(data, "train")[0] == f" name : A | area : B {EOT} A is in B .  {EOT}"  # two blanks
     assert data.splits["test"] == [Pair("name : D", ["D . ", "D !"])]
     put(tmp_path / "e2e_data", {"src1_valid.txt": "name : C|C\n"})
-    with pytest.raises(UsageError, match=r"src1_valid.txt line 1: not `source\|\|target`"):
-        corpora.load_e2e(tmp_path)
+    with pytest.raises(UsageError, match=r"src1_valid.txt line 1: no target, or an empty one"):
+        load("e2e", tmp_path)
 
 
 def test_webnlg_is_the_same_from_prefix_tuning_s_json_as_from_xml(tmp_path):
@@ -240,7 +260,7 @@ def test_webnlg_is_the_same_from_prefix_tuning_s_json_as_from_xml(tmp_path):
             rows.append({str(i): row})
         splits[f"{name.split('/')[0]}.json"] = json.dumps({"entries": rows})
     put(tmp_path / "json" / "webnlg_challenge_2017", splits)
-    made = [corpora.load_webnlg(tmp_path / kind)["splits"] for kind in ("xml", "json")]
+    made = [load("webnlg", tmp_path / kind)["splits"] for kind in ("xml", "json")]
     assert made[0] == made[1]
 
 
@@ -268,8 +288,8 @@ def test_the_hub_s_tables_are_found_one_folder_deep_and_read(kind, tmp_path):
                 path.write_text(json.dumps([row]) if kind == "json" else 2 * f"{json.dumps(row)}\n")
         put(tmp_path / "hub" / name, {"challenge_test_x.json": "[]", "ru/test.json": "[]"})
         task = "webnlg" if name == "web_nlg" else name.removesuffix("_nlg")
-        assert TEXT_TASKS[task].here(tmp_path)
-        (pair,) = TEXT_TASKS[task].load(tmp_path)["splits"]["test"]
+        assert here(task, tmp_path)
+        (pair,) = load(task, tmp_path)["splits"]["test"]
         assert pair.source == source[name]
         assert set(pair.references) in ({"It is A."}, {"A."}, {"Short."})
 
@@ -277,9 +297,9 @@ def test_the_hub_s_tables_are_found_one_folder_deep_and_read(kind, tmp_path):
 def test_what_would_do_is_said_when_nothing_is_here_and_nothing_can_be_had(
     site, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(corpora, "E2E_URL", f"{site.url}/gone")
+    publish(site, monkeypatch, {"e2e/trainset.csv": "gone.csv"}, {})
     with pytest.raises(UsageError, match=r"cannot be downloaded.*is read, too: .*src1_train.txt"):
-        corpora.load_e2e(tmp_path)
+        load("e2e", tmp_path)
 
 
 def test_sources_are_read_as_training_reads_them(tmp_path, monkeypatch):
@@ -294,10 +314,13 @@ def test_sources_are_read_as_training_reads_them(tmp_path, monkeypatch):
     }
     put(tmp_path, files)
     for name in files:
-        assert corpora.read_sources(tmp_path / name) == ["a b", "caf\u00e9", "c"]
-    for text in files["a.jsonl"], files["a.txt"]:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-        assert corpora.read_sources("-") == ["a b", "caf\u00e9", "c"]
+        assert read_sources(tmp_path / name) == ["a b", "caf\u00e9", "c"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(files["a.txt"]))
+    assert read_sources("-") == ["a b", "caf\u00e9", "c"]
+    for line in ('{"target": "a"}', '{"source": ["a"]}', '{"source": null}'):
+        put(tmp_path, {"a.jsonl": f'{{"source": "a"}}\n{line}\n'})
+        with pytest.raises(UsageError, match=r'a.jsonl line 2: no \{"source": .*\}, but .*; mend'):
+            read_sources(tmp_path / "a.jsonl")
 
 
 def test_your_own_pairs_are_split_by_source_in_the_same_way_every_time(tmp_path):
@@ -309,7 +332,7 @@ def test_your_own_pairs_are_split_by_source_in_the_same_way_every_time(tmp_path)
     path.write_text(
         "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
     )
-    data = Text("mine", BYTES, **corpora.load_jsonl(path, tmp_path))
+    data = Text("mine", "bytes", **load_jsonl(path, tmp_path))
     assert {name: len(split) for name, split in data.splits.items()} == {
         "train": 32,
         "val": 4,
@@ -318,11 +341,11 @@ def test_your_own_pairs_are_split_by_source_in_the_same_way_every_time(tmp_path)
     found = {pair.source: pair.references for split in data.splits.values() for pair in split}
     assert len(found) == 40  # no source in two splits
     assert (found["q7"], found["q9"]) == (["a7", "b7", "c7"], ["é9"])
-    assert corpora.load_jsonl(path, tmp_path)["splits"] == data.splits
+    assert load_jsonl(path, tmp_path)["splits"] == data.splits
     assert f" q0 {EOT} é0 {EOT}" in whole(data, "train") + whole(data, "val") + whole(data, "test")
     path.write_text("\n".join(json.dumps(row) for row in rows[:9]))
     with pytest.raises(UsageError, match="has 9 distinct sources"):
-        corpora.load_jsonl(path, tmp_path)
+        load_jsonl(path, tmp_path)
 
 
 GOOD = {
@@ -331,19 +354,21 @@ GOOD = {
     ".jsonl": '{"source": "a", "target": "b"}\n',
 }
 BAD = {
-    "a row of three columns": (".csv", "mr,ref\nname[A],B\nname[A],B,C\n", "line 3: 3 columns"),
+    "a row of three columns": (".csv", "mr,ref\nname[A],B\nname[A],B,C\n", "line 3: not wanted"),
     "a quote that does not end": (
         ".csv",
         'mr,ref\nname[A],B\nname[A],"B\n',
-        "line 3: unexpected end",
+        r"line 2 \(unexpected end",
     ),
-    "text after a quote": (".csv", 'mr,ref\n"name[A]"x,B\n', "line 2: ',' expected"),
+    "text after a quote": (".csv", 'mr,ref\nname[A],B\n"name[A]"x,B\n', r"line 2 \(',' expected"),
     "no list of attributes": (
         ".csv",
         'mr,ref\n"name[A], area",B\n',
-        "line 2: 'name.A., area' is no list",
+        "line 2: not wanted, but {'mr': 'name.A., area'",
     ),
-    "an empty reference": (".csv", "mr,ref\nname[A], \n", "line 2: a target is empty"),
+    "an empty reference": (".csv", "mr,ref\nname[A], \n", "line 2: no target, or an empty one"),
+    "no reference": (".csv", "mr,ref\nname[A]\n", "line 2: no target, or an empty one"),
+    "no first line": (".csv", "name[A],B\nname[A],B\n", "line 2: not wanted"),
     "another encoding": (
         ".csv",
         "mr,ref\nname[A],B\nname[A],Café\n".encode("latin-1"),
@@ -353,41 +378,39 @@ BAD = {
     "a tag that does not end": (
         ".xml",
         GOOD[".xml"].replace("</modifiedtripleset>", ""),
-        "line 12: mismatched tag",
+        r"mismatched tag: line 12",
     ),
     "a fact of two parts": (
         ".xml",
         GOOD[".xml"].replace("| country |", "country |"),
-        "line 4: no mtriple, or one",
+        "entry 1: not wanted",
     ),
     "an entry without facts": (
         ".xml",
         GOOD[".xml"].replace("mtriple>", "triple>"),
-        "line 4: no mtriple, or one",
+        "entry 1: not wanted",
     ),
-    "an empty text": (".xml", GOOD[".xml"].replace("Second.", " "), "line 4: a target is empty"),
+    "an empty text": (".xml", GOOD[".xml"].replace("Second.", " "), "entry 1: no target, or an"),
+    "a text that is not there": (".xml", GOOD[".xml"].replace("Second.", ""), "entry 1: no"),
     "no JSON": (
         ".jsonl",
         '{"source": "a", "target": "b"}\n\n{"source": "a"\n',
-        "line 3, column 15: Expecting ',' delimiter; mend it",
+        r"line 3: Expecting ',' delimiter: column 15 \(char 14\); mend it",
     ),
-    "no target": (".jsonl", '{"source": "a"}\n', "line 1: .*; mend it"),
-    "a number for a target": (".jsonl", '{"source": "a", "target": 3}\n', "line 1"),
-    "a number among targets": (".jsonl", '{"source": "a", "target": ["b", 3]}\n', "line 1"),
-    "a list for a source": (".jsonl", '{"source": ["a"], "target": "b"}\n', "line 1"),
-    "no object": (".jsonl", "[1, 2]\n", "line 1"),
+    "no target": (".jsonl", '{"source": "a"}\n', "line 1: no target, or an empty one"),
+    "a number for a target": (".jsonl", '{"source": "a", "target": 3}\n', "line 1: not wanted"),
+    "an object for a target": (".jsonl", '{"source": "a", "target": {"b": "c"}}\n', "line 1: not"),
+    "a number among targets": (".jsonl", '{"source": "a", "target": ["b", 3]}\n', "line 1: not"),
+    "a list for a source": (".jsonl", '{"source": ["a"], "target": "b"}\n', "line 1: not wanted"),
+    "no object": (".jsonl", "[1, 2]\n", "line 1: no object in braces"),
     "an empty target": (
         ".jsonl",
         '{"source": "a", "target": ["b", ""]}\n',
-        "line 1: a target is empty",
+        "line 1: no target, or an empty one",
     ),
-    "no targets": (".jsonl", '{"source": "a", "target": []}\n', "line 1: a target is empty"),
+    "no targets": (".jsonl", '{"source": "a", "target": []}\n', "line 1: no target, or an empty"),
 }
-ROWS = {
-    ".csv": corpora.csv_rows,
-    ".xml": lambda path: corpora.webnlg_rows(path, "test"),
-    ".jsonl": corpora.jsonl_rows,
-}
+ROWS = {".csv": corpora.e2e_row, ".xml": corpora.webnlg_row, ".jsonl": corpora.own_row}
 
 
 @pytest.mark.parametrize("fault", BAD)
@@ -395,8 +418,8 @@ def test_a_malformed_file_is_one_sentence_with_file_and_line(fault, tmp_path):
     kind, content, said = BAD[fault]
     path = tmp_path / f"file{kind}"
     put(tmp_path, {path.name: GOOD[kind]})
-    assert len(corpora.pairs(path, ROWS[kind](path))) == 1
+    assert len(corpora.pairs([path], ROWS[kind], "test", "wanted")) == 1
     put(tmp_path, {path.name: content})
     with pytest.raises(UsageError, match=f"^{path}.*{said}") as error:
-        corpora.pairs(path, ROWS[kind](path))
+        corpora.pairs([path], ROWS[kind], "test", "wanted")
     assert "\n" not in str(error.value)

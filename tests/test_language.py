@@ -16,7 +16,7 @@ from extras import sample
 from extras.explain import attention_of
 from gpt import GPT
 from support import language
-from support.corpora import Pair, Template, Text, encoding
+from support.language import Pair, Template, Text
 from train import (
     Config,
     TunedModel,
@@ -257,7 +257,7 @@ def test_a_task_with_a_text_that_is_too_long_is_refused_before_it_is_trained(
     assert "1 of 21 texts of" in error
     assert "do not fit: the longest needs 302 of 252 positions ('xxxx" in error
     assert "take a backbone with a longer context" in error
-    assert "a shorter prefix is no help" in error
+    assert "--length" not in error  # a shorter prefix would be no help
     assert not Path(config.out).exists()
 
 
@@ -278,10 +278,10 @@ def test_a_source_that_is_too_long_and_a_missing_source_are_one_sentence(config,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("share", "lr"), [("deep", 0.004), ("none", 0.05)])
-def test_a_prefix_alone_makes_the_shipped_gpt_repeat_32_texts_exactly(share, lr, tmp_path):
+@pytest.mark.parametrize(("share", "lr"), [("deep", 0.008), ("none", 0.1)])
+def test_a_prefix_alone_makes_the_shipped_gpt_repeat_16_texts_exactly(share, lr, tmp_path):
     rng, foods = random.Random(1), ("Italian", "Indian", "Thai", "French")
-    names = sorted({language.name(rng) for _ in range(60)})[:32]
+    names = sorted({language.name(rng) for _ in range(60)})[:16]
     rows = [
         {
             "source": f"restaurant : {name} | food : {foods[i % 4]}",
@@ -289,11 +289,11 @@ def test_a_prefix_alone_makes_the_shipped_gpt_repeat_32_texts_exactly(share, lr,
         }
         for i, name in enumerate(names)
     ]
-    assert len(rows) == 32
+    assert len(rows) == 16
     pairs = [Pair(row["source"], [row["target"]]) for row in rows]
     data = Text(
-        "32 texts",
-        encoding("bytes"),
+        "16 texts",
+        "bytes",
         Template(longest=40),
         {"train": pairs, "val": pairs[:2], "test": pairs},
     )
@@ -301,7 +301,7 @@ def test_a_prefix_alone_makes_the_shipped_gpt_repeat_32_texts_exactly(share, lr,
         "share": share,
         "lr": lr,
         "length": 10,
-        "epochs": 100,
+        "epochs": 60,
         "batch": 16,
         "beams": 1,
         "device": "cpu",

@@ -1,5 +1,8 @@
 """language.py: encodings, the batches of tokens and labels that a model learns, two made tasks."""
 
+import hashlib
+import json
+from dataclasses import asdict
 from itertools import chain
 
 import numpy as np
@@ -18,14 +21,14 @@ from support.language import EOT, Pair, Template, Text, encoding
 BYTES = encoding("bytes")
 
 
-def make(n: int = 83, encoding: tiktoken.Encoding = BYTES) -> Text:
+def make(n: int = 83) -> Text:
     """n sources of very different lengths with one or two references, each of its own."""
     rng = np.random.default_rng(0)
     pairs = [
         Pair(f"s{i}" * rng.integers(1, 9), [f"t{i}" * rng.integers(1, 9), f"u{i}"][: 1 + i % 2])
         for i in range(n)
     ]
-    return Text("made", encoding, Template(), {"train": pairs, "val": pairs[:9], "test": pairs[:9]})
+    return Text("made", "bytes", Template(), {"train": pairs, "val": pairs[:9], "test": pairs[:9]})
 
 
 def test_bytes_need_no_vocabulary_and_no_text_can_forge_the_end():
@@ -137,7 +140,7 @@ def test_an_epoch_holds_every_example_once_and_depends_on_seed_and_epoch_alone(s
 def test_batches_are_of_like_length_and_shuffled_while_training():
     rng = np.random.default_rng(0)
     pairs = [Pair("s" * n, ["t" * n]) for n in rng.integers(5, 100, 2000)]
-    data = Text("made", BYTES, Template(), {"train": pairs, "val": pairs, "test": pairs})
+    data = Text("made", "bytes", Template(), {"train": pairs, "val": pairs, "test": pairs})
     filled = sum(2 * len(pair.source) + 5 for pair in pairs)
 
     def padding(batches):
@@ -173,23 +176,22 @@ def test_a_smaller_fraction_is_part_of_a_larger_one_and_the_same_in_every_epoch(
     assert targets(0.1, 0) < targets(0.5, 3) < targets(1, 0)
 
 
-def test_there_is_one_prompt_per_source_and_an_output_ends_where_the_model_ended_it():
+def test_there_is_one_prompt_per_source_and_an_output_is_stripped():
     data = make()
-    prompts = data.prompts("val")
-    assert [pair for _, pair in prompts] == data.splits["val"]
-    assert all(BYTES.decode(tokens) == f" {pair.source} {EOT}" for tokens, pair in prompts)
-    for source, targets in data.tokens("val"):
-        assert (
-            data.decode([*targets[0], *source])
-            == BYTES.decode(targets[0]).removesuffix(EOT).strip()
-        )
-    assert (
-        data.decode([32, 0xC3, 0xA9, 0xC3, 256, 65]) == "é\ufffd"
-    )  # the second letter is cut in the middle
+    prompts = [BYTES.decode(tokens) for tokens in data.prompts("val")]
+    assert prompts == [f" {pair.source} {EOT}" for pair in data.splits["val"]]
+    for (_, targets), pair in zip(data.tokens("val"), data.splits["val"], strict=True):
+        assert data.decode(targets[0].tolist()[:-1]) == pair.references[0]
+    assert data.decode([32, 0xC3, 0xA9, 0xC3]) == "é\ufffd"  # the second letter is cut
     assert data.decode([]) == ""
 
 
 # The made tasks
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[str, dict[str, list[Pair]]]:
+    return {"restaurants": language.restaurants(), "guidebook": language.guidebook()}
 
 
 def meaning(pair: Pair) -> tuple[str, ...]:
@@ -197,57 +199,62 @@ def meaning(pair: Pair) -> tuple[str, ...]:
     return attributes["food"], attributes["price"], attributes["area"]
 
 
-def test_restaurants_ask_for_combinations_that_were_never_shown_of_values_that_were():
-    splits = language.restaurants()
-    shown = {meaning(pair) for pair in splits["train"]}
+def test_restaurants_ask_for_combinations_that_were_never_shown_of_values_that_were(told):
+    meanings = {split: {meaning(p) for p in made} for split, made in told["restaurants"].items()}
     for split in ("val", "test"):
-        asked = {meaning(pair) for pair in splits[split]}
-        assert not asked & shown
-        assert set(chain(*asked)) <= set(chain(*shown))
-    assert not {meaning(pair) for pair in splits["val"]} & {
-        meaning(pair) for pair in splits["test"]
-    }
-    assert {split: len(pairs) for split, pairs in splits.items()} == {
-        "train": 800,
-        "val": 30,
-        "test": 90,
+        assert not meanings[split] & meanings["train"]
+        assert set(chain(*meanings[split])) <= set(chain(*meanings["train"]))
+    assert not meanings["val"] & meanings["test"]
+    assert {split: len(made) for split, made in meanings.items()} == {
+        "train": 80,
+        "val": 10,
+        "test": 30,
     }
 
 
-def test_a_restaurant_is_said_in_three_ways_each_with_all_its_values():
-    for pair in chain(*language.restaurants().values()):
+def test_a_restaurant_is_said_in_three_ways_each_with_all_its_values(told):
+    for pair in chain(*told["restaurants"].values()):
         values = [attribute.split(" : ")[1] for attribute in pair.source.split(" | ")]
         assert len(set(pair.references)) == 3
         assert all(value in reference for value in values for reference in pair.references)
 
 
-def test_the_guidebook_has_all_words_of_the_restaurants_but_no_restaurant_and_no_price_of_food():
-    told = list(chain(*language.guidebook().values()))
-    asked = list(chain(*language.restaurants().values()))
+def test_the_guidebook_has_all_words_of_the_restaurants_but_no_restaurant_and_no_price_of_food(
+    told,
+):
+    known, asked = (list(chain(*told[task].values())) for task in ("guidebook", "restaurants"))
 
     def words(pairs):
-        return {
-            word.strip(".,?:")
-            for pair in pairs
-            for text_ in pair.references
-            for word in text_.split()
-        }
+        return {word.strip(".,?:") for p in pairs for text in p.references for word in text.split()}
 
-    names = {pair.source.split(" | ")[0].split(" : ")[1] for pair in told + asked}
-    assert words(asked) - words(told) - names == {"restaurant"}
-    assert len({pair.source for pair in told}) == len(told)
-    assert not [pair for pair in told if " food : " in pair.source and " price : " in pair.source]
-    assert [pair for pair in told if " food : " in pair.source and " area : " in pair.source]
+    names = {pair.source.split(" | ")[0].split(" : ")[1] for pair in known + asked}
+    assert words(asked) - words(known) - names == {"restaurant"}
+    assert len({pair.source for pair in known}) == len(known)
+    assert not [pair for pair in known if " food : " in pair.source and " price : " in pair.source]
+    assert [pair for pair in known if " food : " in pair.source and " area : " in pair.source]
 
 
-@pytest.mark.parametrize("task", ["restaurants", "guidebook"])
-def test_the_repository_s_own_tasks_are_short_and_the_same_every_time(task, tmp_path):
-    first, again = (Text(task, BYTES, **TEXT_TASKS[task].load(tmp_path)) for _ in range(2))
-    assert first.splits == again.splits
-    assert {split: first.count(split) for split in first.splits} == TEXT_TASKS[task].sizes
-    assert max(len(source) + len(target) for source, target in first.examples("train")) <= 200
+@pytest.mark.parametrize(
+    ("task", "sha256"),
+    [
+        ("restaurants", "617786f2022df2155709bed70df8498a98447d4ecad783dcaa25a346ef878c2e"),
+        ("guidebook", "b52450094352d7de8667fa4329a282f5f6b106c429770dec251910f7f20dc049"),
+    ],
+    ids=["restaurants", "guidebook"],
+)
+def test_the_made_tasks_are_the_same_on_every_machine_and_fit_the_tiny_gpt(task, sha256, told):
+    rows = {split: [asdict(pair) for pair in made] for split, made in told[task].items()}
+    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest() == sha256
+    sizes = {split: sum(len(p.references) for p in made) for split, made in told[task].items()}
+    assert sizes == TEXT_TASKS[task].sizes
+    data = Text(task, "bytes", Template(), told[task])
+    data.must_fit(256, ["val", "test"])
+    longest = max(told[task]["train"], key=lambda p: len(p.source + max(p.references, key=len)))
+    assert len(longest.source) + max(map(len, longest.references)) <= 200
 
 
 def test_a_text_task_is_loaded_in_its_own_encoding_if_none_is_named(tmp_path):
-    assert load("restaurants", tmp_path).encoding.name == BYTES.name
-    assert load("restaurants", tmp_path, "bytes").splits == load("restaurants", tmp_path).splits
+    data = load("restaurants", tmp_path)
+    assert data.encoding.name == "bytes"
+    assert load("restaurants", tmp_path, encoding="gpt2").vocabulary == "gpt2"
+    assert data.splits == language.restaurants()

@@ -85,12 +85,12 @@ TRAIN = {
     "--task deep.jsonl --backbone scratch_gpt": ("deep.jsonl line 2", "mend it"),
     "--task torn.jsonl --backbone scratch_gpt": ("torn.jsonl line 2", "mend it"),
     "--task empty.jsonl --backbone scratch_gpt": (
-        "empty.jsonl line 2: a target is empty",
+        "empty.jsonl line 2: no target, or an empty one",
         "write or delete it",
     ),
     "--task latin.jsonl --backbone scratch_gpt": (
         "latin.jsonl line 1: not UTF-8",
-        "save the file in this encoding",
+        "save the file as UTF-8",
     ),
     "--task pairs.jsonl --tune linear": ("--tune linear", "use prefix or full"),
     "--task pairs.jsonl --backbone tiny": ("no GPT 'tiny'", "possible are tiny_gpt, "),
@@ -182,7 +182,7 @@ SWEEP = {
 DATA = {
     "digitz": ("no task 'digitz'", "did you mean 'digits'?"),
     "empty": ("empty holds no images", "a folder of images per class"),
-    "torn.jsonl": ("torn.jsonl line 2, column 17: Unterminated string", "mend it"),
+    "torn.jsonl": ("torn.jsonl line 2: Unterminated string starting at: column 17", "mend it"),
     "digits --size 0": ("--size is 0", "it must be positive"),
     "digits --size x": ("--size: invalid int value: 'x'", "see --help"),
     "digits extra": ("unrecognized arguments: extra", "see --help"),
@@ -198,7 +198,7 @@ SAMPLE = {  # and those of test_sample.py
     "texts --export new.pth": ("has no prompts of VPT-deep to export", "--export FOLDER"),
     "texts --export file": ("file/adapter_model.safetensors cannot be written", "another folder"),
     "texts": ("no source is given", "write it after the run"),
-    "texts torn.jsonl": ("torn.jsonl line 2, column 17: Unterminated string", "mend it"),
+    "texts torn.jsonl": ("torn.jsonl line 2: Unterminated string starting at", "mend it"),
     "texts nowhere.txt": ("nowhere.txt cannot be read", "put a whole copy"),
     f"texts {LONG + LONG}": ("do not fit: the longest needs ", "shorten these texts"),
     "texts source --beams 300": ("--beams is 300", "it can be 1 to 128"),
