@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,42 +23,20 @@ from processes import Started
 from test_images import many
 
 from data import load
-from support import runs
+from support import report, runs
 from support.files import exit_code
 from train import Config, train
 
 ROOT = Path(__file__).parent.parent
-FEW_OR_MANY = pytest.mark.parametrize("times", [2, pytest.param(30, marks=pytest.mark.long)])
-RUN = [
-    "--fraction",
-    "0.1",
-    "--epochs",
-    "8",
-    "--length",
-    "4",
-    "--lr",
-    "1",
-    "--share",
-    "deep",
-    "--device",
-    "cpu",
-]
-GRID = [
-    "--lr",
-    "1",
-    "5",
-    "--wd",
-    "0",
-    "0.001",
-    "--seed",
-    "42",
-    "44",
-    "--epochs",
-    "8",
-    "--fraction",
-    "0.1",
-    "--halving",
-]
+SHORT = "--epochs 8 --fraction 0.1 --device cpu"
+RUN = shlex.split(f"{SHORT} --length 4 --lr 1 --share deep")
+GRID = shlex.split(f"{SHORT} --lr 1 5 --wd 0 0.001 --seed 42 44 --halving")
+
+
+@pytest.fixture
+def run(small) -> list[str]:
+    """A run of a second."""
+    return [*RUN, "--backbone", small]
 
 
 def outcome(folder: Path) -> dict[str, object]:
@@ -106,12 +85,12 @@ def killed_until_it_ends(
     ("method", "times"),
     [
         pytest.param(["--share", "deep"], 2, id="deep"),
-        pytest.param(["--share", "deep"], 50, id="deep, often", marks=pytest.mark.long),
-        pytest.param(["--tune", "full", "--lr", "0.1"], 50, id="full", marks=pytest.mark.long),
+        pytest.param(["--share", "deep"], 25, id="deep, often", marks=pytest.mark.long),
+        pytest.param(["--tune", "full", "--lr", "0.1"], 25, id="full", marks=pytest.mark.long),
     ],
 )
-def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(method, times, tmp_path):
-    words, whole, broken = [*RUN, *method], tmp_path / "whole", tmp_path / "broken"
+def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(method, times, run, tmp_path):
+    words, whole, broken = [*run, *method], tmp_path / "whole", tmp_path / "broken"
     assert (
         Started("train", *words, "--out", tmp_path / "first").end()[0] == 0
     )  # the server of processes is warm
@@ -130,14 +109,9 @@ def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(method, times, t
     assert outcome(whole / "other") != expected
 
 
-@pytest.mark.slow
-@FEW_OR_MANY
-def test_a_sweep_killed_at_random_moments_ends_in_the_same_report(times, small, tmp_path):
-    words, whole, broken = (
-        [*GRID, "--backbone", small, "--device", "cpu"],
-        tmp_path / "whole",
-        tmp_path / "broken",
-    )
+@pytest.mark.long
+def test_a_sweep_killed_at_random_moments_ends_in_the_same_report(small, tmp_path):
+    words, whole, broken = [*GRID, "--backbone", small], tmp_path / "whole", tmp_path / "broken"
     start = time.perf_counter()
     assert Started("sweep", *words, "--out", whole).end()[0] == 0
     life, names = time.perf_counter() - start, ("report.md", "report.png")
@@ -149,7 +123,7 @@ def test_a_sweep_killed_at_random_moments_ends_in_the_same_report(times, small, 
         ]
         assert lines(ended) == lines(expected)
 
-    killed_until_it_ends("sweep", words, broken, life, same, times)
+    killed_until_it_ends("sweep", words, broken, life, same, times=12)
     assert len(lines(whole / "digits-halving")) == 2 * (
         4 + 2 + 1 + 1 + 2
     )  # of two methods: the stages, the seeds
@@ -177,7 +151,9 @@ def test_a_process_may_die_before_any_of_its_touches_of_the_disk(
 ):
     quick = {"fraction": 0.05, "epochs": 2, "length": 2, "lr": 1.0, "wd": 0.001, "device": "cpu"}
     config = Config(**quick | method, out=str(tmp_path / "whole"))
-    train(config, frozen, digits16)
+    few = replace(digits16, splits=digits16.splits | {"test": digits16.splits["val"]})
+    monkeypatch.setattr(report, "curve", lambda *_: b"a picture")  # drawing it takes longer
+    train(config, frozen, few)
     touches, last = 0, 10**6
 
     def mortal(touch):
@@ -193,14 +169,14 @@ def test_a_process_may_die_before_any_of_its_touches_of_the_disk(
     with monkeypatch.context() as patch:
         for place, name in ((os, "fsync"), (Path, "replace"), (Path, "unlink"), (Path, "open")):
             patch.setattr(place, name, mortal(getattr(place, name)))
-        train(replace(config, out=str(tmp_path / "count")), frozen, digits16)
+        train(replace(config, out=str(tmp_path / "count")), frozen, few)
         count = touches
         for last in range(1, count + 1):
             out, touches = tmp_path / str(last), 0
             with pytest.raises(Dead):
-                train(replace(config, out=str(out)), frozen, digits16)
+                train(replace(config, out=str(out)), frozen, few)
     for last in range(1, count + 1):
-        train(replace(config, out=str(tmp_path / str(last))), frozen, digits16)
+        train(replace(config, out=str(tmp_path / str(last))), frozen, few)
         assert outcome(tmp_path / str(last)) == outcome(tmp_path / "whole")
     assert count > 10
 
@@ -223,17 +199,14 @@ def test_ctrl_c_in_a_shell_ends_in_a_sentence_and_130(tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("script", ["train", "sweep"])
 def test_ctrl_c_at_random_moments_ends_in_a_sentence_and_the_same_command_goes_on(
-    script, small, tmp_path
+    script, run, small, tmp_path
 ):
-    words, rng, stopped = (
-        RUN if script == "train" else [*GRID, "--backbone", small],
-        random.Random(0),
-        0,
-    )
+    words = run if script == "train" else [*GRID, "--backbone", small]
+    rng, stopped = random.Random(0), 0
     start = time.perf_counter()
     assert Started(script, *words, "--out", tmp_path / "whole").end()[0] == 0
     life, broken = time.perf_counter() - start, tmp_path / "broken"
-    for _ in range(20):
+    for _ in range(12):
         process = Started(script, *words, "--out", broken)
         if process.runs(rng.uniform(0.2, 0.6) * life):
             process.stop(signal.SIGINT)
@@ -282,10 +255,12 @@ def test_ctrl_c_while_images_are_decoded_ends_in_a_sentence_and_leaves_nothing(t
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_for_a_checkpoint_or_a_line_of_metrics_costs_nothing_but_time(tmp_path):
+def test_a_disk_that_is_full_for_a_checkpoint_or_a_line_of_metrics_costs_nothing_but_time(
+    run, tmp_path
+):
     out, words = (
         tmp_path / "run",
-        [*RUN, "--lr", "1e30"],
+        [*run, "--lr", "1e30"],
     )  # diverges, so that its first file is its metrics
     code, said = Started("train", *words, "--out", out, most=10).end()
     assert (code, list(out.parent.iterdir())) == (2, [])
@@ -299,11 +274,11 @@ def test_a_disk_that_is_full_for_a_checkpoint_or_a_line_of_metrics_costs_nothing
         Started("train", *words, "--out", out).end()[0] == 3
     )  # there is room again: it diverges, as it should
     shutil.rmtree(out)
-    code, said = Started("train", *RUN, "--out", out, most=5000).end()
+    code, said = Started("train", *run, "--out", out, most=5000).end()
     assert (code, [path.name for path in out.iterdir()]) == (2, ["config.json"])
     assert "state.pt cannot be written (File too large); make room" in one_sentence(said)
     for folder in (out, tmp_path / "whole"):
-        assert Started("train", *RUN, "--out", folder).end()[0] == 0
+        assert Started("train", *run, "--out", folder).end()[0] == 0
     assert outcome(out) == outcome(tmp_path / "whole")
 
 
@@ -352,8 +327,8 @@ def test_a_disk_that_is_full_for_the_cache_or_the_results_costs_nothing_but_time
 
 
 @pytest.mark.slow
-def test_a_second_process_on_a_folder_is_refused_and_a_copy_of_it_goes_on(tmp_path):
-    words = [*RUN, "--epochs", "60"]
+def test_a_second_process_on_a_folder_is_refused_and_a_copy_of_it_goes_on(run, tmp_path):
+    words = [*run, "--epochs", "100"]
     first = Started("train", *words, "--out", tmp_path / "run")
     while not (tmp_path / "run" / "state.pt").exists() and first.runs(0.01):
         pass
