@@ -146,7 +146,9 @@ def finished(out: Path, model: nn.Module) -> list[dict]:
     path = out / "metrics.jsonl"
     if (out / "prefix.safetensors").exists():
         history = load(out, model)["history"]
-        write(path, lines(history))  # a kill may have come between the two files
+        # A kill may have come between the two files.
+        if not path.exists() or path.read_bytes() != lines(history):
+            write(path, lines(history))
         return history
 
     # A run that diverged has metrics alone.
