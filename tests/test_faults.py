@@ -333,13 +333,15 @@ def test_a_disk_that_is_full_for_the_cache_or_the_results_costs_nothing_but_time
 
 @pytest.mark.slow
 def test_a_second_process_on_a_folder_is_refused_and_a_copy_of_it_goes_on(run, tmp_path):
-    words = [*run, "--epochs", "100"]
+    words = [*run, "--epochs", "30"]
     first = Started("train", *words, "--out", tmp_path / "run")
     while not (tmp_path / "run" / "state.pt").exists() and first.runs(0.01):
         pass
+    first.stop(signal.SIGSTOP)  # so that it does not end before the second has come
     code, said = Started("train", *words, "--out", tmp_path / "run").end()
     assert code == 2, said
     assert f"another process is at work in {tmp_path / 'run'}; wait for it" in one_sentence(said)
+    first.stop(signal.SIGCONT)
     subprocess.run(
         ["cp", "-r", tmp_path / "run", tmp_path / "copy"], capture_output=True
     )  # while it is written to
@@ -372,6 +374,7 @@ def test_of_two_processes_on_one_cache_the_second_takes_over_when_the_first_is_k
     first = Started("data", *words)
     while not list(tmp_path.rglob("*.part")) and first.runs(0.002):
         pass
+    first.stop(signal.SIGSTOP)  # so that it does not end before the second has come
     second = Started("data", *words)
     assert second.runs(0.5)
     first.stop()
