@@ -96,6 +96,11 @@ def resume(
     identity: settings, fingerprint of the backbone, digests of the data. listing: for split.json.
     UsageError if the folder holds a run with another identity, or files that cannot be read.
     """
+    # What a kill has left half written.
+    for part in out.glob(".*.part"):
+        with suppress(OSError):
+            part.unlink()
+
     # A new run.
     kept = ("config.json", "state.pt", "metrics.jsonl", "prefix.safetensors")
     if not any((out / name).exists() for name in kept):
@@ -150,7 +155,6 @@ def finished(out: Path, model: nn.Module) -> list[dict]:
         if not path.exists() or path.read_bytes() != lines(history):
             write(path, lines(history))
         return history
-
     # A run that diverged has metrics alone.
     rows = [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
     if rows and rows[-1].get("status") != "diverged":
@@ -181,8 +185,7 @@ def save(
     if status == "done":
         # The sizes of a trained backbone are what `--backbone FILE` reads.
         if model.backbone is not None:
-            kind = type(model.backbone).__name__.lower()
-            sizes = {kind: json.dumps(model.backbone.sizes)}
+            sizes = {type(model.backbone).__name__.lower(): json.dumps(model.backbone.sizes)}
             write(out / "backbone.safetensors", pack(model.backbone.state_dict(), sizes))
 
         # The rest, and the keys and values (depth, 2, H, L, Dh) that the prefix makes.
@@ -197,11 +200,10 @@ def save(
         write(out / "curve.png", curve)
     write(out / "metrics.jsonl", lines(history))
 
-    # The run is over. A kill may have left a part of a file.
+    # The run is over.
     if status is not None:
-        for leftover in (out / "state.pt", *out.glob(".*.part")):
-            with suppress(OSError):
-                leftover.unlink(missing_ok=True)
+        with suppress(OSError):
+            (out / "state.pt").unlink(missing_ok=True)
 
 
 def lines(rows: list[dict]) -> bytes:
@@ -283,10 +285,8 @@ def start_from(path: str, p: Tensor) -> str:
     """Fill p, which a new prefix trains, with the prompts at `path`. Returns their digest."""
     prompts = read_prompts(path)
     if prompts.shape != p.shape:
-        raise UsageError(
-            f"--start {path} holds prompts of shape {tuple(prompts.shape)}, but this run trains "
-            f"{tuple(p.shape)}: layers, --length and width must be the same"
-        )
+        theirs, ours = tuple(prompts.shape), tuple(p.shape)
+        raise UsageError(f"--start {path} has the shape {theirs}, but this run trains {ours}")
     p.copy_(prompts)
     return hashlib.sha256(prompts.numpy().tobytes()).hexdigest()[:16]
 
@@ -297,10 +297,7 @@ def reason(error: Exception) -> str:
 
 
 def prepare_process() -> None:
-    """TF32 for what stays fp32 on CUDA; on Linux, memory that tensors free is kept.
-
-    Otherwise the C library maps and clears new pages for every tensor above 32 MB.
-    """
+    """TF32 for what stays fp32 on CUDA; on Linux, freed memory is kept, not mapped anew."""
     torch.set_float32_matmul_precision("high")
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)  # glibc has it
@@ -427,11 +424,9 @@ def check_fit(config: Any, backbone: Any, data: Any) -> None:
 
 
 def batches(config: Any, data: Any, split: str, **order: Any) -> Iterator[tuple[int, tuple]]:
-    """(number of examples, data.batches on the device): copied while the GPU is still busy.
-
-    For a compiled step, a batch that is not full is filled up, and so are a single text and target:
-    the compiler would make one more graph for each. Labels of -100 count nowhere.
-    """
+    """(number of examples, data.batches on the device): copied while the GPU is still busy."""
+    # For a compiled step, a batch that is not full is filled up, and so are a single text and
+    # target: the compiler would make a graph for each. Labels of -100 count nowhere.
     for batch in data.batches(split, config.batch, pin=config.device == "cuda", **order):
         examples = len(batch[0])
         if config.compile and data.text:

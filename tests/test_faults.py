@@ -170,10 +170,14 @@ def test_a_process_may_die_before_any_of_its_touches_of_the_disk(
     with monkeypatch.context() as patch:
         for place, name in ((os, "fsync"), (Path, "replace"), (Path, "unlink"), (Path, "open")):
             patch.setattr(place, name, mortal(getattr(place, name)))
+        os.mkdir(tmp_path / "count")
+        os.mknod(tmp_path / "count" / ".state.pt.1.part")
         train(replace(config, out=str(tmp_path / "count")), frozen, few)
         count = touches
         for last in range(1, count + 1):
             out, touches = tmp_path / str(last), 0
+            os.mkdir(out)
+            os.mknod(out / ".state.pt.1.part")  # of a process that was killed before
             with pytest.raises(Dead):
                 train(replace(config, out=str(out)), frozen, few)
     for last in range(1, count + 1):
