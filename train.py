@@ -195,7 +195,7 @@ def fit(config: Config, backbone: Backbone, data: Data, stop: int | None) -> "Re
         heading = f"{config.task}, {name}: {report.summary(history, data)}"
         curve = report.curve(history, heading) if config.final else b""
         runs.save(out, metadata, model, optimizer, history, curve, prefix_kv)
-    return Result(status, history[-1], history, model)  # type: ignore[arg-type]
+    return Result(status, history[-1], history, model, out)  # type: ignore[arg-type]
 
 
 class Result(NamedTuple):
@@ -205,6 +205,7 @@ class Result(NamedTuple):
     metrics: dict
     history: list[dict]
     model: "TunedModel"
+    out: Path
 
 
 def train(config: Config, backbone: Backbone, data: Data, stop: int | None = None) -> Result:
@@ -386,7 +387,6 @@ def resolve(config: Config) -> Config:
     defaults |= {"optimizer": usual.optimizer or ("adamw" if task.text else "sgd")}
     defaults |= {"epochs": task.epochs, "batch": usual.batch or task.batch}
     defaults |= {"backbone": task.backbone, "device": where, "compile": where == "cuda"}
-    # Your own values win.
     for name, value in defaults.items():
         if getattr(config, name) in (None, "auto"):
             config = replace(config, **{name: value})
