@@ -91,7 +91,7 @@ def test_no_line_is_over_100_columns():
     assert not wide
 
 
-LONGER = {"sweep.py": 510, "runs.py": 455, "report.py": 510}  # still to be cut
+LONGER = {"runs.py": 455}  # still to be cut
 
 
 def test_no_module_is_over_450_lines():
