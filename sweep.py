@@ -125,13 +125,8 @@ def cells(sweep: Sweep) -> list[Config]:
             raise UsageError(f"no method '{name}'; methods: {', '.join(METHODS)}")
         lengths: Any = sweep.length if sweep.length and "share" in METHODS[name] else [None]
         # One grid, so one batch and one optimizer, for every method.
-        row: dict = {
-            "task": task,
-            "fraction": fraction,
-            "batch": find(task).batch,
-            "optimizer": "sgd",
-        }
-        row |= sweep.common | METHODS[name]
+        row: dict = {"batch": find(task).batch, "optimizer": "sgd"} | sweep.common
+        row |= {"task": task, "fraction": fraction, **METHODS[name]}
         made += [Config(**row, length=length) for length in lengths]
 
     # Every run is resolved once, so that a mistake is found before anything starts.
@@ -233,8 +228,6 @@ class Worker:
         """Perform one run, or its first `stop` epochs: the line of results.jsonl it leaves."""
         start = time.perf_counter()
         backbone, data = self.needs(config)
-
-        # The run: its settings, its data, its backbone.
         line: dict = {
             "settings": workers.settings(config),
             "stop": stop,
