@@ -243,7 +243,7 @@ def test_the_plan_of_a_paper_like_task_is_within_15_percent_of_what_its_runs_are
         final="train",
         backbone=small,
         epochs=2,
-        settings={"deep": (6, 1.0, 0.0)},
+        settings={"deep": data_module.Settings(6, 1.0, 0.0)},
     )
     for module in (data_module, sweep_module):
         monkeypatch.setattr(module, "TASKS", {"digits": digits, "birds": task})
