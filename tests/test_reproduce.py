@@ -74,8 +74,8 @@ def test_the_kit_ends_in_the_same_file_interrupted_or_not_with_one_worker_or_two
         --seed 42 44 --backbone {made_cub}/vit.safetensors --data-dir {made_cub}/data""".split()
 
     # Once without a break, in this process.
-    for name, row in json.loads((made_cub / "splits.json").read_text()).items():
-        monkeypatch.setitem(benchmarks.SPLIT_FILES, name, tuple(row))
+    for name, row in json.loads((made_cub / "splits.json").read_text())["files"].items():
+        monkeypatch.setitem(benchmarks.SPLIT_FILES, name, row)
     assert sweep.main([*words, "--out", str(made_cub / "whole"), "--workers", "1"]) == 0
 
     # Once with two workers, interrupted at the first checkpoint.
