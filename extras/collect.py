@@ -22,21 +22,13 @@ HEAD = ("task", "method", "test %", "seeds", "paper", "difference", "agrees", "d
 def rows_of(found: dict) -> Iterator[list]:
     """The lines of the table that one file makes."""
     device, commit = ", ".join(found["hours"]), found["commits"][0][:7]
-    for row in found["rows"]:
-        values = list(row["test"].values())
-        tested = f"{mean(values):.2f} ± {report.deviation(values):.2f}"
-        paper: list = [None, None, None]
-        if row["paper"]:
-            paper = [row["paper"], f"{row['difference']:+.2f}", row["agrees"]]
-        yield [
-            row["task"],
-            report.called(row["method"]),
-            tested,
-            len(values),
-            *paper,
-            device,
-            commit,
-        ]
+    for kept in found["rows"]:
+        row = report.Row(**kept)
+        values, says = row.accuracies, report.verdict(row)
+        test = f"{mean(values):.2f} ± {report.deviation(values):.2f}"
+        compared = [row.published, f"{says['difference']:+.2f}", says["agrees"]] if says else []
+        line = [row.task, report.called(row.method), test, len(values), *compared]
+        yield [*line, *[None] * (7 - len(line)), device, commit]
 
 
 def collect(paths: list[str]) -> str:

@@ -51,7 +51,7 @@ def opt(default: Any, help: str) -> Any:
 
 def add_options(parser: argparse.ArgumentParser, options: type) -> None:
     """A command-line option for every field of a dataclass; a list takes any number of values."""
-    for f in fields(options):
+    for f in (f for f in fields(options) if f.metadata):
         kind: dict[str, Any] = {"type": f.type}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
@@ -59,7 +59,6 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
             kind = {"choices": get_args(f.type)}
         elif get_origin(f.type) is list:
             kind = {"type": get_args(f.type)[0], "nargs": "*"}
-        kind |= f.metadata.get("kind", {})
         parser.add_argument(f"--{f.name.replace('_', '-')}", help=f.metadata["help"], **kind)
 
 
@@ -110,14 +109,19 @@ def open_streams() -> None:
             getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
+def no_memory(error: BaseException) -> bool:
+    """Whether memory ran out. PyTorch has an error class for a GPU's, but none for a CPU's."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
 def explain(error: BaseException) -> str:
     """What to tell the user. Raises the error again if it is no mistake of theirs."""
     if isinstance(error, UsageError | OSError):
         return str(error)
     reason = str(error).partition("\n")[0] or type(error).__name__
-    # PyTorch has an error class of its own for a GPU's memory, but none for a CPU's.
-    no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if no_memory or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
+    if no_memory(error):
         return f"out of memory ({reason}); a smaller --batch or --length needs less"
     if type(error).__name__ in ("InductorError", "BackendCompilerFailed"):
         return f"torch.compile does not work here ({reason}); run with --no-compile"

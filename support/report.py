@@ -14,8 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.colors import TABLEAU_COLORS
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -35,16 +34,21 @@ NAMES = {
     "linear-separate": "linear map, two vectors",
     "deep-separate": "deep map, two vectors",
 }
-COLOURS = dict(zip(NAMES, ("gray", *TABLEAU_COLORS), strict=False))
 
 # Test top-1 in % of the paper, read off the bars of its figure (+-0.1); ViT-B/16, ImageNet-21k.
-METHODS = ("none-shallow", "simple-shallow", "deep-shallow", "none", "simple", "deep")
+FGVC = """
+task     none-shallow  simple-shallow  deep-shallow  none  simple  deep
+cub              85.1            86.6          87.2  85.9    88.7  87.8
+nabirds          77.8            79.3          81.5  79.0    84.3  84.5
+flowers          97.9            98.4          98.6  97.9    98.8  98.2
+dogs             86.4            90.8          91.1  86.3    90.6  91.6
+cars             54.7            55.4          63.5  62.4    82.9  79.3
+"""
+(_, *METHODS), *LINES = [line.split() for line in FGVC.strip().splitlines()]
 PUBLISHED = {
-    "cub": (85.1, 86.6, 87.2, 85.9, 88.7, 87.8),
-    "nabirds": (77.8, 79.3, 81.5, 79.0, 84.3, 84.5),
-    "flowers": (97.9, 98.4, 98.6, 97.9, 98.8, 98.2),
-    "dogs": (86.4, 90.8, 91.1, 86.3, 90.6, 91.6),
-    "cars": (54.7, 55.4, 63.5, 62.4, 82.9, 79.3),
+    (task, method): float(value)
+    for task, *values in LINES
+    for method, value in zip(METHODS, values, strict=True)
 }
 
 
@@ -68,11 +72,6 @@ class Row:
     tested: list[dict]  # one per seed
 
     @property
-    def share(self) -> str:
-        """The method without its placement."""
-        return self.method.removesuffix("-shallow")
-
-    @property
     def name(self) -> str:
         return called(self.method) + (f", L {self.length}" if self.length else "")
 
@@ -82,16 +81,9 @@ class Row:
         return [line["test"] for line in self.tested if "test" in line]
 
     @property
-    def chosen(self) -> dict | None:
-        """The chosen run of the grid; without a grid, the first final run."""
-        without_grid = [] if self.tried else self.tested
-        return next(iter(self.ranked or without_grid), None)
-
-    @property
     def published(self) -> float | None:
-        if self.fraction < 1 or self.task not in PUBLISHED or self.method not in METHODS:
-            return None
-        return PUBLISHED[self.task][METHODS.index(self.method)]
+        """The paper's figure, if it has one. It is of all training images."""
+        return PUBLISHED.get((self.task, self.method)) if self.fraction == 1 else None
 
 
 def deviation(values: list[float]) -> float:
@@ -110,10 +102,12 @@ def unique(values: Iterable) -> list:
 
 
 def markdown(head: Iterable[str], rows: Iterable[Iterable]) -> str:
-    """A Markdown table."""
-    lines = [list(head), *(["-" if cell is None else str(cell) for cell in row] for row in rows)]
-    made = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([made[0], "|---" * len(lines[0]) + "|", *made[1:]])
+    """A Markdown table; None is a dash."""
+    first, *others = [
+        "| " + " | ".join("-" if cell is None else str(cell) for cell in row) + " |"
+        for row in [head, *rows]
+    ]
+    return "\n".join([first, "|---" * len(list(head)) + "|", *others])
 
 
 def table(rows: list[Row]) -> str:
@@ -124,12 +118,13 @@ def table(rows: list[Row]) -> str:
     head += ["difference", "agrees"] if compared else []
     made = []
     for row in rows:
-        # The chosen run: what it trains, its settings and its val accuracy.
-        cells = [row.task, row.images, called(row.method), row.length]
-        if row.chosen:
-            cells.append(f"{100 * row.chosen.get('trained', 0) / row.chosen['backbone']:.2f}")
-            cells += [f"{row.chosen['settings'][name]:g}" for name in ("lr", "wd")]
-            cells.append(f"{row.chosen['val']:.2f}" if "val" in row.chosen else None)
+        # The chosen run, or without a grid the first final run: its size and settings.
+        cells: list = [row.task, row.images, called(row.method), row.length]
+        chosen = next(iter(row.ranked or row.tested), None)
+        if chosen:
+            cells.append(f"{100 * chosen.get('trained', 0) / chosen['backbone']:.2f}")
+            cells += [f"{chosen['settings'][name]:g}" for name in ("lr", "wd")]
+            cells.append(f"{chosen['val']:.2f}" if "val" in chosen else None)
         else:
             cells += [None] * 4
 
@@ -140,13 +135,15 @@ def table(rows: list[Row]) -> str:
             few = " (two seeds)" if len(found) == 2 else ""
             test = f"{test} ± {stdev(found):.2f}{few}"
             error = f"{standard_error(found):.2f}"
-        elif not row.chosen:
+        elif not chosen:
             test = "all diverged"
         cells += [test, error, len(found), row.published]
-        if compared:
-            says = verdict(row)
-            agrees = "yes" if says.get("agrees") else "no"
-            cells += [f"{says['difference']:+.2f}", agrees] if says else [None, None]
+
+        # The comparison with the paper.
+        if says := verdict(row):
+            cells += [f"{says['difference']:+.2f}", "yes" if says["agrees"] else "no"]
+        elif compared:
+            cells += [None, None]
         made.append(cells)
     return markdown(head, made)
 
@@ -158,13 +155,14 @@ def does_sharing_help(rows: list[Row]) -> list[str]:
     """
     sentences = []
     for row, base in product(rows, rows):
-        # Of the same placement, and of the same length if both have several.
-        pairs = [row.share + "-separate"] + ["none"] * (row.share not in ("none", "probe", "full"))
-        several = len({r.length for r in rows if r.method == base.method}) > 1
-        same = (base.task, base.fraction) == (row.task, row.fraction)
-        same &= base.method in [row.method.replace(row.share, share) for share in pairs]
-        if not same or (several and row.length != base.length):
+        # All else is equal: task, training images, placement and length.
+        share = row.method.removesuffix("-shallow")
+        bases = [row.method.replace(share, other) for other in ("none", share + "-separate")]
+        same = (row.task, row.images, row.length) == (base.task, base.images, base.length)
+        if base is row or base.method not in bases or not same:
             continue
+
+        # Pairs of runs with the same seed.
         ours, theirs = (
             {line["settings"]["seed"]: line["test"] for line in r.tested if "test" in line}
             for r in (row, base)
@@ -193,52 +191,43 @@ def lost(rows: list[Row], status: str) -> list[str]:
     listed = []
     for row in rows:
         for line in row.tried + row.tested:
+            s = line["settings"]
             if line["status"] == status:
-                s = line["settings"]
-                run = "final run" if s["final"] else "grid"
                 listed.append(
-                    f"- {row.task}, {row.images} images, {row.name}: base lr {s['lr']:g}, weight "
-                    f"decay {s['wd']:g}, seed {s['seed']}, {run}, in epoch {line['epochs']}"
+                    f"- {row.task}, {row.images} images, {row.name}: base lr {s['lr']:g}, "
+                    f"weight decay {s['wd']:g}, seed {s['seed']}, "
+                    f"{'final run' if s['final'] else 'grid'}, in epoch {line['epochs']}"
                 )
     return unique(listed)
 
 
-def effort(rows: list[Row]) -> str:
-    """Which search was used, and its epochs of those that the full grid would have taken."""
-    if not any(row.tried for row in rows):
-        return "none, the paper's published settings"
-    spent, full = 0, 0
-    for row in rows:
-        epochs: dict[tuple, int] = {}
-        for line in row.tried:
-            run = (line["settings"]["lr"], line["settings"]["wd"])
-            epochs[run] = max(epochs.get(run, 0), line["epochs"])
-        spent += sum(epochs.values())
-        full += sum(line["settings"]["epochs"] for line in row.tried[: len(epochs)])
-    if any(line["stop"] for row in rows for line in row.tried):
-        saved = 100 - 100 * spent / full
-        return f"successive halving, {spent} of the full grid's {full} epochs ({saved:.0f} % saved)"
-    return f"the full grid, {sum(len(row.tried) for row in rows)} runs, {spent} epochs"
-
-
 def text(rows: list[Row]) -> str:
     """report.md."""
+    # The settings that all runs share, and how much of the grid was trained (with --halving, less).
+    lines = [line for row in rows for line in row.tried + row.tested]
     used = [
-        f"{key} "
-        + ", ".join(unique(str((row.tried + row.tested)[0]["settings"][key]) for row in rows))
-        for key in ("backbone", "optimizer", "batch", "epochs")
+        f"{name} {', '.join(unique(str(line['settings'][name]) for line in lines))}"
+        for name in ("backbone", "optimizer", "batch", "epochs")
     ]
+    search = "none, the paper's published settings"
+    last = {str(line["settings"]): line for row in rows for line in row.tried}.values()
+    if last:
+        trained = sum(line["epochs"] for line in last)
+        full = sum(line["settings"]["epochs"] for line in last)
+        search = f"a grid of {len(last)} runs, {trained} of its {full} epochs"
     parts = [
         "# Sweep",
-        f"Of a run: {'; '.join(used)}. Search: {effort(rows)}; choice on val after the last "
+        f"Of a run: {'; '.join(used)}. Search: {search}; choice on val after the last "
         "epoch, ties to the smaller learning rate. Test: mean ± standard deviation over seeds of "
         "the last epoch's top-1; s.e.: standard error of that mean. Tuned: trained parameters, "
         "head included, in % of the backbone's. Paper: its figure, where it has one.",
         table(rows),
     ]
+
+    # What follows from the table, and what is not in it.
     if gains := does_sharing_help(rows):
-        parts += ["Does sharing help? Difference in test accuracy, paired by seed:"]
-        parts += ["\n".join(gains)]
+        head = "Does sharing help? Difference in test accuracy, paired by seed:"
+        parts += [head, "\n".join(gains)]
     for status, why in (("diverged", "Diverged"), ("failed", "Failed for want of memory")):
         if some := lost(rows, status):
             count = f"{len(some)} run{'s' * (len(some) > 1)}"
@@ -255,100 +244,68 @@ def text(rows: list[Row]) -> str:
 # The figures.
 
 
-def labels(rows: list[Row]) -> list[str]:
-    """What a row is called in a figure: with L only if a method was swept over several."""
-    swept = len({(row.task, row.method, row.fraction) for row in rows}) < len(rows)
-    return [row.name if swept else called(row.method) for row in rows]
+def means_of(rows: list[Row]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of every row."""
+    found = [row.accuracies for row in rows]
+    return [mean(values) for values in found], [deviation(values) for values in found]
 
 
-def seeds(rows: list[Row]) -> str:
-    """How many seeds the means of a figure have."""
-    counts = sorted({len(row.accuracies) for row in rows})
-    span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"mean and standard deviation over {span} seed{'s' * (counts[-1] > 1)}"
-
-
-def bars(axes: Axes, rows: list[Row], tasks: list[str]) -> None:
-    """A group of bars per task, a bar per method; a black line is the paper's figure."""
-    names = labels(rows)
-    series = unique(names)
-    width = 0.8 / len(series)
-    for i, name in enumerate(series):
-        mine = [row for row, label in zip(rows, names, strict=True) if label == name]
-        x = [tasks.index(row.task) + (i - (len(series) - 1) / 2) * width for row in mine]
-        means = [mean(row.accuracies) for row in mine]
-        drawn = axes.bar(
-            x,
-            means,
-            width * 0.92,
-            yerr=[deviation(row.accuracies) for row in mine],
-            capsize=3,
-            label=name,
-            color=COLOURS[mine[0].share],
-            alpha=1 - 0.5 * i / len(series),
-        )
-        axes.bar_label(drawn, [f"{m:.1f}" for m in means], padding=2, fontsize=8)
-        for at, row in zip(x, mine, strict=True):
-            if row.published:
-                axes.hlines(row.published, at - width / 2, at + width / 2, color="black")
-    if any(row.published for row in rows):
-        axes.plot([], [], color="black", label="the paper")
-    axes.set_xticks(range(len(tasks)), tasks, rotation=30 * (len(tasks) > 8), parse_math=False)
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, frameon=False)
+def over_seeds(rows: list[Row]) -> str:
+    """How many seeds the means of a panel have."""
+    counts = " or ".join(str(n) for n in sorted({len(row.accuracies) for row in rows}))
+    return f"mean and standard deviation; seeds: {counts}"
 
 
 def bar_figure(rows: list[Row]) -> Figure:
-    """As in the paper: a group per task, a panel for the first layer and one for all layers."""
-    # Of several fractions of the training images, the largest.
-    most = {
-        task: max(r.fraction for r in rows if r.task == task) for task in (r.task for r in rows)
-    }
-    rows = [row for row in rows if row.fraction == most[row.task]]
-    panels = {
-        "first layer": [row for row in rows if row.share != row.method],
-        "all layers": [row for row in rows if row.share == row.method],
-    }
-    panels = {where: shown for where, shown in panels.items() if shown}
+    """A group of bars per task, a bar per method; a red line is the paper's figure.
 
-    # An axis that shows differences, with room for labels above.
-    values = [value for row in rows for value in row.accuracies]
-    values += [row.published for row in rows if row.published]
-    span = max(values) - min(values)
-    low = max(0, math.floor(min(values) - 0.4 * span - 1))
-    high = min(105, math.ceil(max(values) + 0.15 * span + 1))
+    Of several fractions of the training images, the largest.
+    """
+    most = max(row.fraction for row in rows)
+    rows = [row for row in rows if row.fraction == most]
+    tasks = unique(row.task for row in rows)
 
-    width = max(5.5, 1 + 0.45 * len(rows) / len(panels))
-    figure = Figure(figsize=(width * len(panels), 4), layout="constrained")
-    every = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (where, shown) in zip(every, panels.items(), strict=True):
-        bars(axes, shown, list(most))
-        axes.set(title=f"{where} ({seeds(shown)})", ylim=(low, high))
-        axes.set_ylabel("test accuracy, %" + (f" (axis starts at {low})" if low else ""))
+    # A name has L only if a method was swept over several.
+    swept = len({(row.task, row.method) for row in rows}) < len(rows)
+    names = [row.name if swept else called(row.method) for row in rows]
+    series = unique(names)
+    width = 0.8 / len(series)
+    figure = Figure(figsize=(4 + 0.4 * len(rows), 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for i, name in enumerate(series):
+        # Where the bars stand: in the group of their task, at the place of their method.
+        mine = [row for row, its_name in zip(rows, names, strict=True) if its_name == name]
+        x = [tasks.index(row.task) + (i + 0.5) * width - 0.4 for row in mine]
+        means, errors = means_of(mine)
+        bar = {"yerr": errors, "capsize": 3, "label": name, "color": colormaps["tab20"](i)}
+        axes.bar_label(axes.bar(x, means, 0.9 * width, **bar), fmt="%.1f", padding=2, fontsize=8)
+        for at, row in zip(x, mine, strict=True):
+            if row.published:
+                axes.hlines(row.published, at - width / 2, at + width / 2, color="red")
+
+    # The axis shows differences, so it does not start at 0.
+    low = max(0, math.floor(min(min(row.accuracies) for row in rows)) - 5)
+    axes.set_ylim(bottom=low)
+    axes.set_ylabel(f"test accuracy, % (axis from {low}; red: the paper)")
+    axes.set_xticks(range(len(tasks)), tasks, parse_math=False)
+    axes.set_title(over_seeds(rows), fontsize=10)
+    figure.legend(fontsize=8, loc="outside right upper")
     return figure
 
 
 def fraction_figure(rows: list[Row]) -> Figure:
     """Accuracy against the number of training images, a panel per task: sample efficiency."""
-    tasks, names = unique(row.task for row in rows), labels(rows)
-    figure = Figure(figsize=(5 * len(tasks), 4), layout="constrained")
+    tasks = unique(row.task for row in rows)
+    figure = Figure(figsize=(6 * len(tasks), 4), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        here = [(row, name) for row, name in zip(rows, names, strict=True) if row.task == task]
-        for label in unique(name for _, name in here):
-            mine = [row for row, name in here if name == label]
-            axes.errorbar(
-                [row.images for row in mine],
-                [mean(row.accuracies) for row in mine],
-                [deviation(row.accuracies) for row in mine],
-                marker="o",
-                capsize=3,
-                label=label,
-                color=COLOURS[mine[0].share],
-                linestyle="-" if mine[0].share == mine[0].method else "--",
-            )
-        shown = sorted({row.images for row, _ in here})
+        here = [row for row in rows if row.task == task]
+        for name in unique(row.name for row in here):
+            mine = [row for row in here if row.name == name]
+            images = [row.images for row in mine]
+            axes.errorbar(images, *means_of(mine), marker="o", capsize=3, label=name)
+        axes.set_title(f"{task}: {over_seeds(here)}", fontsize=10, parse_math=False)
         axes.set(xscale="log", xlabel="training images", ylabel="test accuracy, %")
-        axes.set_title(f"{task} ({seeds([row for row, _ in here])})", parse_math=False, fontsize=10)
-        axes.set_xticks(shown, [str(n) for n in shown])
+        axes.set_xticks(images, images)
         axes.set_xticks([], minor=True)
         axes.legend(fontsize=8, loc="lower right")
     return figure
@@ -359,25 +316,24 @@ def grid_figure(rows: list[Row]) -> Figure:
     columns = min(3, len(rows))
     lines = math.ceil(len(rows) / columns)
     figure = Figure(figsize=(6.5 * columns, 2.8 * lines), layout="constrained")
-    every = figure.subplots(lines, columns, squeeze=False).flat
-    for axes in every[len(rows) :]:
-        axes.axis("off")
-    for axes, row in zip(every, rows, strict=False):
+    for i, row in enumerate(rows, 1):
         # With --halving, what was seen last of a pair. A run that diverged has no accuracy.
         seen = {(line["settings"]["lr"], line["settings"]["wd"]): line for line in row.tried}
-        rates, decays = (sorted({pair[i] for pair in seen}) for i in (0, 1))
+        rates, decays = (sorted(set(values)) for values in zip(*seen, strict=True))
         values = [[seen[lr, wd].get("val", math.nan) for lr in rates] for wd in decays]
-        axes.imshow(values, aspect="auto", cmap="viridis")
+        axes = figure.add_subplot(lines, columns, i)
+        axes.imshow(values, aspect="auto", cmap="YlGn", alpha=0.6)
+
+        # A number in every cell, and a frame around the chosen one.
         for (lr, wd), line in seen.items():
             x, y = rates.index(lr), decays.index(wd)
             says = f"{line['val']:.1f}" if "val" in line else line["status"]
-            box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1}
-            axes.text(x, y, says, ha="center", va="center", fontsize=7, bbox=box)
-            if row.ranked and line is row.ranked[0]:
+            axes.text(x, y, says, ha="center", va="center", fontsize=7)
+            if line in row.ranked:
                 frame = Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, color="red", lw=3)
                 axes.add_patch(frame)
-        axes.set_xticks(range(len(rates)), [f"{lr:g}" for lr in rates])
-        axes.set_yticks(range(len(decays)), [f"{wd:g}" for wd in decays])
+        axes.set_xticks(range(len(rates)), rates)
+        axes.set_yticks(range(len(decays)), decays)
         axes.set(xlabel="base learning rate", ylabel="weight decay")
         title = f"{row.task}, {row.name}, {row.images} images: val accuracy, %"
         axes.set_title(title, fontsize=9, parse_math=False)
@@ -385,27 +341,15 @@ def grid_figure(rows: list[Row]) -> Figure:
 
 
 def curve(history: list[dict], title: str) -> bytes:
-    """A PNG of the loss over the epochs, with the training accuracy or the loss on val (text)."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    left = figure.add_subplot(xlabel="epoch")
-    left.set_title(title, parse_math=False)
-    epochs = [row["epoch"] for row in history]
-    drawn = left.plot(epochs, [row["loss"] for row in history], "tab:blue", label="training loss")
+    """A PNG of the loss over the epochs, and of the training accuracy or the loss on val (text)."""
+    panels = {"loss": "training loss", "train": "training accuracy, %"}
     if "val loss" in history[0]:
-        losses = [row["val loss"] for row in history]
-        drawn += left.plot(epochs, losses, "tab:orange", label="val loss")
-        left.set_ylabel("loss of a token, nats")
-    else:
-        # Two axes: each has the colour of its line.
-        right = left.twinx()
-        accuracies = [row["train"] for row in history]
-        drawn += right.plot(epochs, accuracies, "tab:orange", label="training accuracy")
-        right.set(ylim=(0, 101))
-        right.set_ylabel("training accuracy, %", color="tab:orange")
-        right.tick_params(axis="y", colors="tab:orange")
-        left.set_ylabel("training loss", color="tab:blue")
-        left.tick_params(axis="y", colors="tab:blue")
-    left.legend(handles=drawn, loc="center right")
+        panels = {"loss": "training loss of a token, nats", "val loss": "val loss of a token, nats"}
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure.suptitle(title, parse_math=False)
+    for axes, (name, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        axes.plot([row["epoch"] for row in history], [row[name] for row in history])
+        axes.set(xlabel="epoch", ylabel=label)
     return png(figure)
 
 
@@ -417,10 +361,9 @@ def png(figure: Figure) -> bytes:
 
 def save(folder: Path, rows: list[Row]) -> list[Path]:
     """Write the report and its figures; the paths written."""
-    files: dict[str, bytes] = {"report.md": text(rows).encode()}
+    files = {"report.md": text(rows).encode()}
     tested = [row for row in rows if row.accuracies]
-    searched = [row for row in rows if row.tried]
-    if searched:
+    if searched := [row for row in rows if row.tried]:
         files["grid.png"] = png(grid_figure(searched))
     if tested:
         files["report.png"] = png(bar_figure(tested))
@@ -436,8 +379,8 @@ def plan(rows: list[list], speed: str) -> str:
     head = ["task", "method", "L", "fraction", "runs", "image-steps", "PFLOP", "hours"]
     sums = [sum(column) for column in zip(*(row[4:] for row in rows), strict=True)]
     made = [
-        [*start, runs, f"{images:,}", f"{flops / 1e15:.4g}", f"{hours:.3g}"]
-        for *start, runs, images, flops, hours in [*rows, ["together", None, None, None, *sums]]
+        [*start, count, f"{images:,}", f"{flops / 1e15:.4g}", f"{hours:.3g}"]
+        for *start, count, images, flops, hours in [*rows, ["together", None, None, None, *sums]]
     ]
     return f"{markdown(head, made)}\nhours: on one device, at {speed}; evaluation is included"
 

@@ -88,11 +88,12 @@ def graphs(device: str, backbone: str, folder: Path) -> list[tuple[int, int]]:
 
         # Two runs that differ in their learning rate.
         method = METHODS[classes % 4]
-        cell = sweep.Cell(str(images), method, None if method == "probe" else 3, 1.0)
+        task = replace(todo, tasks=[str(images)], methods=[method], length=[3])
+        (cell,) = sweep.cells(task)
         made = []
         for lr in (1.0, 0.5):
             counters.clear()
-            config = sweep.configure(todo, cell, lr=lr, wd=0.0, final=False)
+            config = sweep.one_run(todo, cell, lr=lr, wd=0.0, final=False)
             assert worker.run(config)["status"] == "done"
             made.append(counters["stats"]["unique_graphs"])
         found.append(tuple(made))

@@ -47,7 +47,7 @@ def soak(minutes: float, out: str) -> bool:
     )  # a run of every method, then another setting
     for i in count():
         (lr, wd, cell), seed = plan[i % len(plan)], i // len(plan)
-        worker.run(sweep.configure(todo, cell, lr=lr, wd=wd, seed=seed, final=False))
+        worker.run(sweep.one_run(todo, cell, lr=lr, wd=wd, seed=seed, final=False))
         rows.append(((time.perf_counter() - start) / 60, *usage()))
         if rows[-1][0] >= printed:
             print(f"minute {printed}, run {len(rows)}: {say(rows[-1][1:], '.0f')}", flush=True)
