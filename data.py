@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -37,7 +37,7 @@ class Settings(NamedTuple):
     """What a method is trained with: length of the prefix, base learning rate, weight decay.
 
     batch: 0 is the task's. optimizer: "" is SGD for images and AdamW for texts. warmup: % of the
-    steps in which the learning rate rises (images).
+    steps in which the learning rate rises (images). whose: who chose them.
     """
 
     length: int
@@ -46,6 +46,7 @@ class Settings(NamedTuple):
     batch: int = 0
     optimizer: str = ""
     warmup: int = 10
+    whose: str = "the task's default"
 
 
 USUAL = Settings(length=10, lr=1.0, wd=1e-4)  # where none are published
@@ -56,9 +57,9 @@ OFFICIAL = {
 }
 
 
-def settings(row: dict[str, str]) -> dict[str, Settings]:
+def settings(row: dict[str, str], **others: Any) -> dict[str, Settings]:
     """From the row of a table: each of its columns is a method, each cell "length,lr,wd"."""
-    return {method: Settings(*json.loads(f"[{cell}]")) for method, cell in row.items()}
+    return {method: Settings(*json.loads(f"[{cell}]"), **others) for method, cell in row.items()}
 
 
 @dataclass(frozen=True)
@@ -158,13 +159,15 @@ def benchmark(name: str) -> Task:
         augment=fgvc,
         final="train" if fgvc else "trainval",
         backbone=benchmarks.IN21K,
-        settings=OFFICIAL | settings(benchmarks.PUBLISHED.get(name, {})),
+        settings=OFFICIAL | settings(benchmarks.PUBLISHED.get(name, {}), whose="published"),
     )
 
 
 def language(name: str) -> Task:
     """A task of texts."""
     task = corpora.TEXT_TASKS[name]
+    usual = Settings(task.length, 1e-4, 0.0)
+    whose = usual.whose if task.backbone == "tiny_gpt" else "published"
     return Task(
         "text",
         partial(corpora.load, name),
@@ -175,8 +178,8 @@ def language(name: str) -> Task:
         backbone=task.backbone,
         epochs=task.epochs,
         batch=task.batch,
-        settings={share: Settings(task.length, lr, 0.0) for share, lr in task.lr.items()},
-        usual=Settings(task.length, 1e-4, 0.0),
+        settings={share: usual._replace(lr=lr, whose=whose) for share, lr in task.lr.items()},
+        usual=usual,
     )
 
 
@@ -348,7 +351,7 @@ def show(task: str | None, data_dir: Path, size: int | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description="List the tasks, or get one ready.", allow_abbrev=False)
+    parser = Parser("List the tasks, or get one ready.")
     parser.add_argument(
         "task",
         nargs="?",

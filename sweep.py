@@ -299,7 +299,7 @@ def study(sweep: Sweep, cell: Config, results: workers.Results) -> report.Row:
     tested = results.complete(todo, None)
     first = (tested or tried)[0]
     length = first["settings"]["length"] if cell.tune == "prefix" else None
-    row = (cell.task, method(cell), length, cell.fraction, first["images"])
+    row = (title(cell.task), method(cell), length, cell.fraction, first["images"])
     return report.Row(*row, tried, ranked, tested)
 
 
@@ -421,15 +421,11 @@ def plan(sweep: Sweep, todo: list[Config]) -> None:
 
 
 def parse(argv: list[str] | None) -> Sweep:
-    made = Parser(
-        description=(__doc__ or "").split("\n")[0],
-        epilog="The other options of train.py, such as --epochs or --device, are every run's.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
+    more = "The other options of train.py, such as --epochs or --device, are every run's."
+    made = Parser(__doc__, epilog=more, argument_default=argparse.SUPPRESS)
     add_options(made, Sweep)
     own, others = made.parse_known_args(argv)
-    sweep = Sweep(**vars(own), common=vars(parser("").parse_args(others)))
+    sweep = Sweep(**vars(own), common=vars(parser().parse_args(others)))
 
     # What no sweep can have; what no run can have, `resolve` finds.
     for name in {"task", "tune", "share", "shallow", "final"} & sweep.common.keys():

@@ -1,7 +1,6 @@
 """The protocol: train one prefix (and, for images, a linear head) on one frozen backbone.
 
-    python train.py --task digits --shared          Deep-share on the shipped digits; no network
-    python train.py --task digits                   No-share: free keys and values
+    python train.py --task digits --shared          Deep-share; leave --shared out for No-share
     python train.py --task e2e --shared             the same prefix in GPT-2: table to text
 
 Images: SGD with momentum 0.9 on the mean cross-entropy; the learning rate is lr * batch / 256,
@@ -87,7 +86,6 @@ def train_step(
     """
     loss, correct = loss_of(model, backbone, bf16, *batch)
     loss.backward()
-    # Only what is trained has gradients.
     if clip is not None:
         nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
@@ -361,7 +359,10 @@ def default_settings(config: Config) -> Settings:
     # Your texts on the small GPT: what was found good for it on another task.
     if task.group == "your texts" and config.backbone == "tiny_gpt":
         task = find("restaurants")
-    return task.settings.get(method(config), task.usual)
+    usual = task.settings.get(method(config), task.usual)
+    # What is published is meant for the paper's backbone.
+    other = config.backbone not in ("auto", task.backbone)
+    return usual._replace(whose=task.usual.whose) if other else usual
 
 
 def method(config: Config) -> str:
@@ -418,19 +419,18 @@ def load_backbone(config: Config, pretrained: bool = True) -> Backbone:
     return backbone
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     """The command line of one run, made from Config."""
-    made = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    made = Parser(__doc__, argument_default=argparse.SUPPRESS)
     add_options(made, Config)
-    same = "the same as --share deep"
-    made.add_argument("--shared", dest="share", action="store_const", const="deep", help=same)
+    made.add_argument("--shared", dest="share", action="store_const", const="deep", help="Deep-share")
     return made
 
 
 def run(argv: list[str] | None) -> int:
     """One run from the command line; its exit code: 0 done, 3 diverged."""
     # Settings: yours, and the task's for the rest.
-    config = resolve(Config(**vars(parser((__doc__ or "").split("\n")[0]).parse_args(argv))))
+    config = resolve(Config(**vars(parser().parse_args(argv))))
     prepare_process()
     # The backbone decides what the data look like: the size of images, the tokens of texts.
     backbone = load_backbone(config)

@@ -258,7 +258,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("rows", nargs="*", metavar="row", help=f"{', '.join(ROWS)} (default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each candidate (default 3)")
     batch = [64, 128, 256] if DEVICE == "cuda" else [8]

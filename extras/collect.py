@@ -52,7 +52,7 @@ def collect(paths: list[str]) -> str:
 
 
 def run(argv: list[str] | None) -> None:
-    parser = Parser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("files", nargs="+", help="reproduction.json files")
     print(collect(parser.parse_args(argv).files))
 

@@ -382,11 +382,7 @@ def show(
 def sample(argv: list[str] | None) -> None:
     """What the command line asks for. UsageError if it cannot be done."""
     # The command line.
-    parser = Parser(
-        description=(__doc__ or "").split("\n")[0],
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
+    parser = Parser(__doc__, argument_default=argparse.SUPPRESS)
     parser.add_argument(
         "run", nargs="+", help="the run's folder, then images, folders, sources or files of them"
     )

@@ -34,7 +34,7 @@ def read(path: str) -> tuple[list[str], list[Pair]]:
 
 
 def run(argv: list[str] | None) -> None:
-    parser = Parser(description="Score written texts.", allow_abbrev=False)
+    parser = Parser("Score written texts.")
     parser.add_argument("file", help="a .jsonl file with references and output in each line")
     parser.add_argument(
         "--rules", choices=RULES, default="plain", help="as which task's papers score"

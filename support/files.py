@@ -40,6 +40,11 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
+    """A command line whose help begins with the first line of `text`, a module's docstring."""
+
+    def __init__(self, text: str | None, **others: Any):
+        super().__init__(description=(text or "").split("\n")[0], allow_abbrev=False, **others)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see --help")
 

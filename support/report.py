@@ -400,7 +400,7 @@ def first_line(config: Any, data: Any, backbone: Any, method: str, usual: Any) -
         classes, base = f"{len(data.classes)} classes; ", "base "
         normalisation = f"{backbone.normalisation}; "
     own = (config.length, config.lr, config.wd) != (usual.length, usual.lr, usual.wd)
-    whose = "yours" if own else "the task's default"
+    whose = "yours" if own else usual.whose
     epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs} epochs"
     count = data.count(runs.training_split(config, data), config.fraction)
     dtype = "bf16" if runs.use_bf16(config, backbone) else "fp32"

@@ -136,5 +136,5 @@ def written(device: str) -> list[list[int]]:
     config = resolve(Config(task="restaurants", device=device, dtype="fp32"))
     gpt = load_backbone(config)
     data = load(config.task, **gpt.inputs)
-    prompts = [prompt for prompt, _ in islice(data.prompts("test"), 16)]
+    prompts = data.prompts("test")[:16]
     return gpt.generate(prompts, beams=5, **data.decoding)

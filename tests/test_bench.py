@@ -161,7 +161,7 @@ def test_a_peer_computes_the_same_loss_and_gradients_and_a_difference_is_noticed
 def test_the_page_foresees_the_memory_that_autograd_keeps(monkeypatch):
     # The kernel of CUDA keeps what the fused one keeps, but a CPU takes the other in bf16.
     fused = F.scaled_dot_product_attention
-    monkeypatch.setattr(vit, "attention", lambda q, k, v, *rest: fused(q.contiguous(), k, v))
+    monkeypatch.setattr(vit, "attention", lambda q, k, v, **rest: fused(q.contiguous(), k, v))
     for length, (image, *batches) in foreseen().items():
         loss_of, _, model, backbone = bench.sides("ours", length)
         backbone.cast_frozen_weights()

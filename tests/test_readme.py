@@ -70,7 +70,7 @@ def test_the_readme_is_read_in_five_minutes():
 def test_the_readme_begins_with_a_figure_and_the_two_commands_that_ci_runs():
     first, second = [line for line in README.splitlines() if line.startswith("pip install")]
     assert first == "pip install -r requirements.txt && python train.py --task digits --shared"
-    assert second == "pip install -r requirements.txt -r requirements-dev.txt && pytest"
+    assert second == "pip install -r requirements.txt -r requirements-dev.txt && pytest -n auto"
     assert README.index("assets/digits.png") < README.index(first) < README.index("## The idea")
 
 
@@ -175,7 +175,7 @@ def test_every_command_of_every_page_has_options_that_its_program_knows(
     monkeypatch.chdir(world)
     name, words = program(command)
     if name == "train":
-        train.resolve(train.Config(**vars(train.parser("").parse_args(words))))
+        train.resolve(train.Config(**vars(train.parser().parse_args(words))))
     elif name == "sweep":
         assert sweep.cells(sweep.parse(words))
     else:

@@ -208,5 +208,5 @@ def test_every_command_of_the_page_is_parsed_to_the_end(command):
     if script == "sweep.py":
         assert sweep.cells(sweep.parse(words))
     else:
-        assert resolve(Config(**vars(parser("").parse_args(words))))
+        assert resolve(Config(**vars(parser().parse_args(words))))
     assert len(COMMANDS) > 8

@@ -20,6 +20,7 @@ from support import files
 from train import (
     Config,
     TunedModel,
+    default_settings,
     evaluate,
     image_loss,
     learning_rate,
@@ -155,9 +156,18 @@ def test_full_fine_tuning_and_the_probe_have_the_official_defaults_on_fgvc_and_v
         assert chosen(task=task, share="deep")[:2] == ("sgd", 64)
     assert chosen(tune="full") == ("sgd", 64, 0.05, 100)  # digits keeps its own
     assert chosen(tune="linear") == ("sgd", 64, 5, 100)
+    whose = {
+        default_settings(Config(task="cub", **options)).whose
+        for options in ({"share": "deep"}, {"share": "none", "shallow": True})
+    }
+    assert whose == {"published"}
+    assert default_settings(Config(task="e2e", share="deep")).whose == "published"
+    for others in (Config(), Config(task="cub", share="linear"), Config(task="cub", tune="full")):
+        assert default_settings(others).whose == "the task's default"
+    assert default_settings(Config(task="cub", backbone="tiny")).whose == "the task's default"
 
     # A sweep has one grid, so one optimizer and one batch, for every method.
-    asked = sweep.Sweep(tasks=["cub"], methods=["full", "probe", "deep"], device="cpu")
+    asked = sweep.Sweep(tasks=["cub"], methods=["full", "probe", "deep"], common={"device": "cpu"})
     for cell in sweep.cells(asked):
         config = sweep.grid(asked, cell)[0]
         assert (config.optimizer, config.batch) == ("sgd", 64)
@@ -356,12 +366,12 @@ def test_a_divergent_run_says_so_exits_with_3_and_does_not_disturb_the_next(
 
 
 def test_the_command_line_has_every_option_with_its_help():
-    text = " ".join(parser("").format_help().split())
+    text = " ".join(parser().format_help().split())
     for option in fields(Config):
         assert f"--{option.name.replace('_', '-')}" in text
         assert " ".join(option.metadata["help"].split()[:3]) in text
-    assert Config(**vars(parser("").parse_args(["--shared"]))) == Config(share="deep")
-    assert Config(**vars(parser("").parse_args([]))) == Config()
+    assert Config(**vars(parser().parse_args(["--shared"]))) == Config(share="deep")
+    assert Config(**vars(parser().parse_args([]))) == Config()
 
 
 def test_the_head_computes_in_fp32_under_autocast(small_vit):
