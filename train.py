@@ -7,7 +7,6 @@ Images: SGD with momentum 0.9 on the mean cross-entropy; the learning rate is lr
 with a linear warm-up over the first tenth of the steps and cosine decay to 0. Text: AdamW on the
 cross-entropy summed over a text's target tokens, gradients clipped to norm 1, linear decay to 0.
 Only the prefix and the head are trained. Read `Config`, then `fit`, which is the whole run.
-
 Shapes: B examples, D width, C classes; T tokens, Q targets of a text, V vocabulary.
 Sources: Jia et al., ECCV 2022 (VPT); Li & Liang, ACL 2021; Le et al., ICLR 2025, section 5.
 """
@@ -356,7 +355,7 @@ def evaluate(
 def default_settings(config: Config) -> Settings:
     """What the task has for a method."""
     task = find(config.task)
-    # Your texts on the small GPT: what was found good for it on another task.
+    # Your texts on the small GPT have what was found good for it on another task.
     if task.group == "your texts" and config.backbone == "tiny_gpt":
         task = find("restaurants")
     usual = task.settings.get(method(config), task.usual)
@@ -423,7 +422,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line of one run, made from Config."""
     made = Parser(__doc__, argument_default=argparse.SUPPRESS)
     add_options(made, Config)
-    made.add_argument("--shared", dest="share", action="store_const", const="deep", help="Deep-share")
+    shared = {"action": "store_const", "const": "deep", "help": "the same as --share deep"}
+    made.add_argument("--shared", dest="share", **shared)
     return made
 
 
