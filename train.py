@@ -422,7 +422,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line of one run, made from Config."""
     made = Parser(__doc__, argument_default=argparse.SUPPRESS)
     add_options(made, Config)
-    shared = {"action": "store_const", "const": "deep", "help": "the same as --share deep"}
+    shared: dict = {"action": "store_const", "const": "deep", "help": "the same as --share deep"}
     made.add_argument("--shared", dest="share", **shared)
     return made
 
