@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 from urllib.error import URLError
@@ -77,7 +78,9 @@ def test_a_download_that_was_killed_goes_on_in_the_next_process(site, tmp_path):
             time.sleep(0.02)
 
     def work():
-        files.shutil.copyfileobj = slowly  # in the process that is to be killed
+        # In the process that is to be killed. tqdm's lock would be ours too, and stay locked.
+        files.tqdm.set_lock(threading.RLock())
+        files.shutil.copyfileobj = slowly
         fetch([f"{site.url}/file.bin"], tmp_path / "got" / "file.bin", None)
 
     process = multiprocessing.get_context("fork").Process(target=work)

@@ -4,7 +4,6 @@ import json
 import multiprocessing.synchronize
 import os
 import re
-import sys
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import forks
 from torchvision import transforms
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import functional
@@ -23,8 +23,6 @@ from data import UsageError, load
 from support import images as module
 from support.images import Dataset, Split, crop, prepare, stratified
 from vit import IMAGENET_MEAN, IMAGENET_STD, ViT
-
-forks = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
