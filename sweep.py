@@ -333,10 +333,13 @@ def run(sweep: Sweep) -> None:
         # One cell after another; then the report.
         rows = []
         with tqdm(total=total, unit="run", **runs.BAR) as bar:
+            every: dict[Path, workers.Results] = {}
+            for path in folders:
+                kept = path / "results.jsonl"
+                every[path] = workers.Results(kept, here.identity, runner, bar)
             for cell in todo:
                 bar.set_description(f"{cell.task} {method(cell)}", refresh=False)
-                path = folder(sweep, cell.task) / "results.jsonl"
-                rows.append(study(sweep, cell, workers.Results(path, here.identity, runner, bar)))
+                rows.append(study(sweep, cell, every[folder(sweep, cell.task)]))
         files = report.save(home, rows)
         if tested := [row for row in rows if row.accuracies]:
             files.append(home / "reproduction.json")

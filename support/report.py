@@ -136,7 +136,7 @@ def table(rows: list[Row]) -> str:
             test = f"{test} ± {stdev(found):.2f}{few}"
             error = f"{standard_error(found):.2f}"
         elif not chosen:
-            test = "all diverged"
+            test = "none finished"
         cells += [test, error, len(found), row.published]
 
         # The comparison with the paper.

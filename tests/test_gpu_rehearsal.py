@@ -49,6 +49,8 @@ def test_too_little_memory_ends_in_a_sentence_and_a_sweep_goes_on(tmp_path, caps
     assert "out of memory" in capsys.readouterr().err
     assert "Failed for want of memory (1 run" in report
     assert "| digits | 1000 | linear probe |" in report
+    lines = (tmp_path / "sweep" / "digits" / "results.jsonl").read_text()
+    assert '"failed"' in lines  # the next method left it there
 
 
 def test_beam_search_writes_something():
