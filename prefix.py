@@ -31,8 +31,8 @@ The theorems: if gate and expert share p[l], the error of the estimated experts 
 n^-1/2 in the number n of samples. With free keys and values it can fall more slowly than any power
 of n, because out(q) is linear in p_v: two experts with one key can move their values apart without
 any change in the output. If key and value are one vector, the gates move too. The rate is proved
-for maps that are fixed; Deep-share's map is trained. The separate cells are there to tell what the
-sharing does from what the map does (docs/results.md).
+for maps that are fixed; Deep-share's map is trained. The separate cells tell what the sharing
+does from what the map does: on the digits it is the map that helps (docs/results.md).
 
 Shapes: L prefix length, D width, H heads, Dh = D / H, depth = number of layers with a prefix.
 Source: Le et al., "Revisiting Prefix-tuning", ICLR 2025, arXiv 2410.02200.
