@@ -20,6 +20,15 @@ signal.signal(
 )  # children of a pytest in the background would ignore Ctrl-C
 
 
+THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True)
+def as_a_new_process() -> None:
+    """A sweep in this process sets the number of threads, on which the last bit of sums depends."""
+    torch.set_num_threads(THREADS)
+
+
 @pytest.fixture
 def small_vit() -> ViT:
     """Random, frozen: 16 x 16 images in 4 patches, D 16, 3 layers, 2 heads; no default left."""
