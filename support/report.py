@@ -285,8 +285,8 @@ def bar_figure(rows: list[Row]) -> Figure:
 
     # The axis shows differences, so it does not start at 0.
     low = max(0, math.floor(min(min(row.accuracies) for row in rows)) - 5)
-    axes.set_ylim(bottom=low)
-    axes.set_ylabel(f"test accuracy, % (axis from {low}; red: the paper)")
+    red = "; red: the paper" if any(row.published for row in rows) else ""
+    axes.set(ylim=(low, None), ylabel=f"test accuracy, % (axis from {low}{red})")
     axes.set_xticks(range(len(tasks)), tasks, parse_math=False)
     axes.set_title(over_seeds(rows), fontsize=10)
     figure.legend(fontsize=8, loc="outside right upper")
