@@ -1,7 +1,12 @@
 import json
+import os
 import signal
 import sys
 from pathlib import Path
+
+# With pytest -n, one core a process; those that it starts inherit it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

@@ -30,7 +30,7 @@ from train import Config, train
 ROOT = Path(__file__).parent.parent
 SHORT = "--epochs 8 --fraction 0.1 --device cpu"
 RUN = shlex.split(f"{SHORT} --length 4 --lr 1 --share deep")
-GRID = shlex.split(f"{SHORT} --lr 1 5 --wd 0 0.001 --seed 42 44 --halving")
+GRID = shlex.split(f"{SHORT} --lr 1 5 --wd 0 0.001 --seed 42 44 --halving --workers 2")
 
 
 @pytest.fixture
