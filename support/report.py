@@ -136,7 +136,8 @@ def table(rows: list[Row]) -> str:
             test = f"{test} ± {stdev(found):.2f}{few}"
             error = f"{standard_error(found):.2f}"
         elif not chosen:
-            test = "none finished"
+            failed = any(line["status"] == "failed" for line in row.tried + row.tested)
+            test = "none finished" if failed else "all diverged"
         cells += [test, error, len(found), row.published]
 
         # The comparison with the paper.
@@ -252,15 +253,12 @@ def means_of(rows: list[Row]) -> tuple[list[float], list[float]]:
 
 def over_seeds(rows: list[Row]) -> str:
     """How many seeds the means of a panel have."""
-    counts = " or ".join(str(n) for n in sorted({len(row.accuracies) for row in rows}))
-    return f"mean and standard deviation; seeds: {counts}"
+    counts = sorted({len(row.accuracies) for row in rows})
+    return f"mean and standard deviation; seeds: {' or '.join(map(str, counts))}"
 
 
 def bar_figure(rows: list[Row]) -> Figure:
-    """A group of bars per task, a bar per method; a red line is the paper's figure.
-
-    Of several fractions of the training images, the largest.
-    """
+    """A group of bars per task, a bar per method, of the largest fraction; red is the paper's."""
     most = max(row.fraction for row in rows)
     rows = [row for row in rows if row.fraction == most]
     tasks = unique(row.task for row in rows)

@@ -146,7 +146,7 @@ def test_a_diverged_run_is_listed_and_never_chosen_and_does_not_stop_the_sweep(w
     assert "base lr 1e+30, weight decay 0.001, seed 42, grid, in epoch 1" in text
     assert "| 1 | 0" in text  # chosen: base lr 1
     assert main([*words, "--methods", "none", "--lr", "1e30"]) == 0
-    assert "| none finished |" in (tmp_path / "digits" / "report.md").read_text()
+    assert "| all diverged |" in (tmp_path / "digits" / "report.md").read_text()
 
 
 def test_the_table_has_mean_standard_deviation_and_error_over_seeds_and_the_published_figure(
