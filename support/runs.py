@@ -327,7 +327,7 @@ def use_bf16(config: Any, backbone: Any) -> bool:
     """auto: on CUDA; on a CPU with matrix units (AMX) and a wide model."""
     if config.dtype != "auto":
         return config.dtype == "bf16"
-    amx = torch.cpu.get_capabilities().get("amx_bf16", False)
+    amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)  # 2.9 has none
     return config.device == "cuda" or (amx and backbone.dim >= 256)
 
 
