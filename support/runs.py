@@ -3,8 +3,7 @@
     config.json            the settings; a folder takes no run with others
     state.pt               after every epoch: all that `resume` needs; gone at the end
     metrics.jsonl          a row per epoch; the last one has a "status" and the run's result
-    prefix.safetensors     at the end: prefix and head, the prefix_kv that it makes, and what
-                           extras.sample must know to use them
+    prefix.safetensors     at the end: prefix and head, its prefix_kv, what extras.sample must know
     backbone.safetensors   at the end, if the backbone itself was trained
     curve.png              loss, and accuracy or val loss, over the epochs of a final run
     generated.jsonl, .txt  of a text task: source, references, output; and the outputs alone
@@ -327,7 +326,8 @@ def use_bf16(config: Any, backbone: Any) -> bool:
     """auto: on CUDA; on a CPU with matrix units (AMX) and a wide model."""
     if config.dtype != "auto":
         return config.dtype == "bf16"
-    amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)  # 2.9 has none
+    known: dict = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.9 has no such function
+    amx = known.get("amx_bf16", False)
     return config.device == "cuda" or (amx and backbone.dim >= 256)
 
 
