@@ -103,6 +103,13 @@ def swap(first: str, second: str) -> None:
 
 
 RIGHT = (0, "test accuracy 100.00 % of")
+
+
+def changed(change, says: str) -> list:
+    """A run, a change to its data, and the same command: it must say what changed."""
+    return [lambda: classes("it"), ("train it", *RIGHT), change, ("train it", 2, says)]
+
+
 CASES: dict[str, list] = {}
 
 # Images: what is read.
@@ -206,30 +213,10 @@ CASES |= {
         lambda: Path("it").rename("moved"),
         ("train moved", *RIGHT),
     ],
-    "an image changed": [
-        lambda: classes("it"),
-        ("train it", *RIGHT),
-        lambda: picture(2).save("it/a/03.png"),
-        ("train it", 2, "other data"),
-    ],
-    "labels changed": [
-        lambda: classes("it"),
-        ("train it", *RIGHT),
-        lambda: swap("it/a/03.png", "it/b/03.png"),
-        ("train it", 2, "other data"),
-    ],
-    "an image more": [
-        lambda: classes("it"),
-        ("train it", *RIGHT),
-        lambda: picture(0).save("it/a/99.png"),
-        ("train it", 2, "other data"),
-    ],
-    "a class renamed": [
-        lambda: classes("it"),
-        ("train it", *RIGHT),
-        lambda: Path("it/a").rename("it/aa"),
-        ("train it", 2, "classes"),
-    ],
+    "an image changed": changed(lambda: picture(2).save("it/a/03.png"), "other data"),
+    "labels changed": changed(lambda: swap("it/a/03.png", "it/b/03.png"), "other data"),
+    "an image more": changed(lambda: picture(0).save("it/a/99.png"), "other data"),
+    "a class renamed": changed(lambda: Path("it/a").rename("it/aa"), "classes"),
     "another split": [
         lambda: classes("it"),
         ("train it", *RIGHT),
@@ -245,12 +232,9 @@ CASES |= {
         ("train it", 2, "another backbone"),
         ("sample run it/a", 2, "weights"),
     ],
-    "another normalisation": [
-        lambda: classes("it"),
-        ("train it", *RIGHT),
-        lambda: normalised_otherwise("vit.safetensors"),
-        ("train it", 2, "another backbone"),
-    ],
+    "another normalisation": changed(
+        lambda: normalised_otherwise("vit.safetensors"), "another backbone"
+    ),
     "another seed": [
         lambda: classes("it"),
         ("train it", *RIGHT),
@@ -280,18 +264,8 @@ CASES |= {
         lambda: Path("run/metrics.jsonl").unlink(),
         ("train it", *RIGHT),
     ],
-    "weights lost": [
-        lambda: classes("it"),
-        ("train it", *RIGHT),
-        lambda: Path("run/prefix.safetensors").unlink(),
-        ("train it", 2, "cannot be resumed"),
-    ],
-    "settings lost": [
-        lambda: classes("it"),
-        ("train it", *RIGHT),
-        lambda: Path("run/config.json").unlink(),
-        ("train it", 2, "cannot be resumed"),
-    ],
+    "weights lost": changed(lambda: Path("run/prefix.safetensors").unlink(), "cannot be resumed"),
+    "settings lost": changed(lambda: Path("run/config.json").unlink(), "cannot be resumed"),
 }
 
 # Using a run, and many runs.
