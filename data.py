@@ -70,14 +70,14 @@ class Task:
     whether it is on this machine. settings: by method; usual: for a method that has none there.
     """
 
-    # what it is
+    # What it is.
     group: str
     load: Callable[..., dict]
     here: Callable[[Path], bool] = lambda root: True
     text: bool = False
     classes: int = 10
     sizes: dict[str, int] = field(default_factory=dict)  # examples per split
-    # how a run uses it, unless told otherwise
+    # How a run uses it, unless told otherwise.
     augment: bool = False  # random crops and flips
     final: str = "train"  # the split that the last runs of the protocol train on
     backbone: str = "tiny"
@@ -107,9 +107,9 @@ def load_digits(root: Path, size: int) -> dict:
             f"{path} is missing or damaged ({error}); restore it: git checkout {path}"
         ) from error
 
-    # from 0..16 to 0..255, then to the size that the model takes
+    # From 0..16 to 0..255, then to the size that the model takes.
     pixels = resized((images.astype(np.uint16) * 255 // 16).astype(np.uint8), size)
-    # any stretch of a stratified order holds every class in its share
+    # Any stretch of a stratified order holds every class in its share.
     parts = zip(benchmarks.SPLITS, np.split(stratified(labels), (800, 1000)), strict=True)
     splits = {split: Split.of(pixels[i], labels[i]) for split, i in parts}
     return {"classes": [str(i) for i in range(10)], "splits": splits, "resize": (size, size)}
@@ -117,7 +117,7 @@ def load_digits(root: Path, size: int) -> dict:
 
 def load_fashion_mnist(root: Path, size: int) -> dict:
     """Fashion-MNIST, 70,000 garments of 28 x 28, with a border so that a random crop moves them."""
-    # torchvision downloads the files, checks them and reads them
+    # torchvision downloads the files, checks them and reads them.
     try:
         train, test = (FashionMNIST(root, part, download=True) for part in (True, False))
     except Exception as error:
@@ -126,13 +126,13 @@ def load_fashion_mnist(root: Path, size: int) -> dict:
             f"{root}/FashionMNIST/raw, and delete what is damaged"
         ) from error
 
-    # with an eighth more on every side, a crop of size x size moves a garment by up to an eighth
+    # With an eighth more on every side, a crop of size x size moves a garment by up to an eighth.
     def split(images: np.ndarray, labels: np.ndarray) -> Split:
         border = size // 8
         inner = resized(images, size - border)  # (n, size - border, size - border, 3)
         return Split.of(np.pad(inner, ((0, 0), (border, border), (border, border), (0, 0))), labels)
 
-    # the published training images become train and val
+    # The published training images become train and val.
     images, labels = train.data.numpy(), train.targets.numpy()  # (60000, 28, 28), (60000,)
     first, last = np.split(stratified(labels), (54_000,))
     splits = {
@@ -189,7 +189,7 @@ task    none    simple       deep         probe   full
 digits  10,5,0  10,2.5,1e-2  10,2.5,1e-4  10,5,0  10,0.05,0
 """)
 TASKS: dict[str, Task] = {
-    # small ones, for the small backbone in assets/
+    # Small ones, for the small backbone in assets/.
     "digits": Task(
         "demo",
         load_digits,
@@ -201,25 +201,25 @@ TASKS: dict[str, Task] = {
     "fashion_mnist": Task(
         "demo",
         load_fashion_mnist,
-        # the last of its four files
+        # The last of its four files.
         lambda root: (root / "FashionMNIST/raw/t10k-labels-idx1-ubyte").exists(),
         sizes={"train": 54_000, "val": 6_000, "test": 10_000},
         augment=True,
     ),
-    # the paper's image tasks: FGVC has published settings, VTAB-1K's are found by sweep.py
+    # The paper's image tasks: FGVC has published settings, VTAB-1K's are found by sweep.py.
     **{name: benchmark(name) for name in benchmarks.TASKS},
-    # its text tasks, and two small ones that are made here
+    # Its text tasks, and two small ones that are made here.
     **{name: language(name) for name in corpora.TEXT_TASKS},
 }
 
 
 def find(name: str) -> Task:
     """The task of that name, folder of images or file of texts. UsageError if there is none."""
-    # a name wins over a folder of that name
+    # A name wins over a folder of that name.
     if name in TASKS:
         return TASKS[name]
 
-    # your own texts or images
+    # Your own texts or images.
     if is_jsonl(name) and Path(name).is_file():
         return Task(
             "your texts",
@@ -235,7 +235,7 @@ def find(name: str) -> Task:
         folder = partial(benchmarks.load_folder, Path(name))
         return Task("your images", folder, augment=True, backbone=benchmarks.IN21K)
 
-    # a near match helps more than the list of all
+    # A near match helps more than the list of all.
     close = difflib.get_close_matches(name, TASKS, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     raise UsageError(
@@ -287,11 +287,11 @@ def list_tasks(root: Path) -> None:
     """Print a line per task: name, group, classes, sizes of the splits, and where its data are."""
     print(f"{'task':<22}{'group':<22}{'classes':>7}{'train':>8}{'val':>7}{'test':>8}  data")
     for name, task in TASKS.items():
-        # what is on this machine, and what has to be done about the rest
+        # What is on this machine, and what has to be done about the rest.
         state = "ready"
         if not task.here(root):
             state = benchmarks.MANUAL.get(name, "downloaded at first use")
-        # the row of the table
+        # The row of the table.
         train, val, test = task.sizes.values()
         sizes = f"{task.classes:>7}{train:>8,}{val:>7,}{test:>8,}"
         print(f"{name:<22}{task.group:<22}{sizes}  {state}")
@@ -320,7 +320,7 @@ def describe(data: Dataset | Text) -> None:
 
 def draw(data: Dataset, path: Path) -> None:
     """A picture of 64 training images, as the model gets them and in the order of their classes."""
-    # a share of train is stratified
+    # A share of train is stratified.
     examples = data.examples("train", min(1.0, 64 / data.count("train")))
     examples.sort(key=lambda example: example[1])  # by label
     pixels, _ = data.gather(examples, rng=None)  # (64, size, size, 3)
@@ -329,18 +329,18 @@ def draw(data: Dataset, path: Path) -> None:
 
 def show(task: str | None, data_dir: Path, size: int | None) -> None:
     """What `python data.py` prints; of a task of images, also a picture."""
-    # without a task: the list of all
+    # Without a task: the list of all.
     if task is None:
         list_tasks(folder_for_data(data_dir))
         return
 
-    # the size that training uses decides what is decoded, and how much
+    # The size that training uses decides what is decoded, and how much.
     if size is None:
         size = 32 if find(task).backbone == "tiny" else 224
     if size < 1:
         raise UsageError(f"--size is {size}; it must be positive")
 
-    # read it, which downloads and decodes what is not here yet
+    # Read it, which downloads and decodes what is not here yet.
     data = load(task, data_dir, size)
     describe(data)
     if not data.text:

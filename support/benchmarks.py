@@ -236,7 +236,7 @@ def load_fgvc(task: str, root: Path, size: int) -> dict:
         for split, images in splits.items()
     }
 
-    # a class is called as its folder; flowers and cars keep all images in one
+    # A class is called as its folder; flowers and cars keep all images in one.
     folders = {id: Path(image).parent.name for image, id in splits["train"].items()}
     classes = [str(id) for id in number]
     if len(set(folders.values())) == len(classes):
@@ -365,7 +365,7 @@ def load_folder(folder: Path, root: Path, size: int) -> dict:
     train. A split made here is stratified and always the same; a run keeps it as split.json, and a
     split.json in the folder is obeyed.
     """
-    # read the classes, of every split if there are splits
+    # Read the classes, of every split if there are splits.
     found = split_folders(folder) or {"train": ""}
     parts = {split: classes_of(folder, name) for split, name in found.items()}
     images = {file: name for part in parts.values() for file, name in part.items()}
@@ -376,7 +376,7 @@ def load_folder(folder: Path, root: Path, size: int) -> dict:
             here, there = folder / found[split], folder / found["train"]
             raise UsageError(f"{here} has the class '{strange[0]}', but {there} has not")
 
-    # make the splits that are missing
+    # Make the splits that are missing.
     listing = None
     if (folder / "split.json").exists():
         listing = own_split(folder / "split.json", images)

@@ -101,12 +101,12 @@ hub     train*.json*     dev*.json*      test*.json*
 
 def find(task: str, root: Path) -> dict[str, list[Path]]:
     """The files of each split in the first layout that has all three; {} if there is none."""
-    # where to look
+    # Where to look.
     named = [folder for name in FOLDERS[task] for folder in (root / name, *root.glob(f"*/{name}"))]
     below = sorted(chain.from_iterable(folder.glob("**/") for folder in named))
     places = {task: [root, *sorted(root.glob("*/")), *below], "hub": below}
 
-    # hidden files, such as those of an archive that a Mac made, are no data
+    # Hidden files, such as those of an archive that a Mac made, are no data.
     for kind, *patterns in LAYOUTS:
         for place in places.get(kind, []):
             found = {}
@@ -312,13 +312,13 @@ def pairs(
     """One Pair per distinct source. UsageError for a record that is not as `wanted`."""
     found: dict[str, Pair] = {}
     for place, record in chain.from_iterable(map(records, paths)):
-        # what the record says
+        # What the record says.
         try:
             source, targets, group = read_row(record, split)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UsageError(f"{place}: not {wanted}, but {str(record)[:60]}; mend it") from error
 
-        # an empty target is a mistake; none at all is a WebNLG entry without a good text
+        # An empty target is a mistake; none at all is a WebNLG entry without a good text.
         if not all(target.strip() for target in targets):
             raise UsageError(
                 f"{place}: no target, or an empty one, which would teach to say nothing; "
@@ -352,14 +352,14 @@ def load(task: str, root: Path) -> dict:
     if task in MADE:
         return {"template": Template(longest=130), "splits": MADE[task]()}
 
-    # read all splits
+    # Read all splits.
     files = find(task, root) or download(task, root)
     splits = {
         split: pairs(paths, ROWS[task], split, f"as {task} has it")
         for split, paths in files.items()
     }
 
-    # scores on other texts than the paper's say nothing about the paper's
+    # Scores on other texts than the paper's say nothing about the paper's.
     sizes = {split: sum(len(p.references) for p in made) for split, made in splits.items()}
     paper = TEXT_TASKS[task].sizes
     if sizes != paper:

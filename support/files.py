@@ -336,7 +336,7 @@ def unpack(archive: Path, folder: Path) -> None:
             file.extractall(folder, tqdm(file.namelist(), **bar))  # never leaves its folder
         return
 
-    # tarfile can leave it: its filter against that is missing in Python 3.10.0
+    # tarfile can leave it: its filter against that is missing in Python 3.10.0.
     with tarfile.open(archive, mode="r|*") as tar:
         for member in tqdm(tar, **bar):
             name = PurePath(member.name)

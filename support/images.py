@@ -90,7 +90,7 @@ class Split:
             raw = np.asarray(np.memmap(path, np.uint8, "r"))
             body, digest = raw[:-32], raw[-32:]
 
-            # nothing in the file is believed before its digest is known to be right
+            # Nothing in the file is believed before its digest is known to be right.
             made = names_digest(files)
             blocks = np.array_split(body, len(body) // 2**24 + 1)
             for block in tqdm(blocks, f"checking {path.name}", delay=2):
@@ -146,7 +146,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("it holds floats, which are no pixels")
     if image.mode.startswith("I"):
-        # a TIFF of mode I holds 32 signed bits; other formats keep their 16 bits in it
+        # A TIFF of mode I holds 32 signed bits; other formats keep their 16 bits in it.
         values = np.asarray(image).astype(np.int64)  # (height, width)
         bits = 31 if image.mode == "I" and image.format == "TIFF" else 16
         scaled = values >> (bits - 8)
@@ -212,7 +212,7 @@ def decode(temporary: Path, name: str, base: Path, files: Files, resize: Side) -
     decoded = prefetch(lambda file: read_image(f"{base}/{file[0]}", resize), files, cores)
     made, index, faults = names_digest(files), np.empty((len(files), 4), np.int64), []
     with temporary.open("wb") as out:
-        # pixels, one image after another
+        # Pixels, one image after another.
         for i, future in enumerate(tqdm(decoded, f"decoding {name}", len(files), delay=2)):
             try:
                 image = future.result()
@@ -225,7 +225,7 @@ def decode(temporary: Path, name: str, base: Path, files: Files, resize: Side) -
         if faults:
             raise BrokenImages(*faults)
 
-        # where they are, and the digest
+        # Where they are, and the digest.
         made.update(index.data)
         out.write(index.tobytes() + made.digest())
         out.flush()
@@ -258,7 +258,7 @@ class Batched:
 
         pin: put the batches into page-locked memory, from which CUDA copies without waiting.
         """
-        # one generator per epoch: first it shuffles, then it augments image after image
+        # One generator per epoch: first it shuffles, then it augments image after image.
         rng = None if seed is None else np.random.default_rng([seed, epoch])
 
         def make(chosen: list) -> tuple[Tensor, ...]:
@@ -281,7 +281,7 @@ class Dataset(Batched):
     final: str  # what the protocol's last runs train on: "train" (FGVC) or "trainval" (VTAB-1K)
     splits: dict[str, Split] = field(repr=False)  # train, val, test
     resize: Side | None = None  # how image files were resized, if they were
-    # split -> file -> class, if the split was made here
+    # Split -> file -> class, if the split was made here.
     listing: dict[str, dict[str, str]] | None = field(default=None, repr=False)
 
     text: ClassVar[Literal[False]] = False
@@ -324,7 +324,7 @@ class Dataset(Batched):
     def gather(self, examples: list[tuple[np.ndarray, int]], rng: Random) -> tuple[Tensor, Tensor]:
         """One batch. rng decides random crops and flips; without it, the centre is cut out."""
         pixels = np.empty((len(examples), self.size, self.size, 3), np.uint8)  # (B, size, size, 3)
-        # one image after another: in this order the random numbers are drawn
+        # One image after another: in this order the random numbers are drawn.
         for out, (image, _) in zip(pixels, examples, strict=True):
             crop(image, self.size, out, rng if self.augment else None)
         return torch.from_numpy(pixels), torch.tensor([label for _, label in examples])  # (B,)

@@ -101,7 +101,7 @@ class Text(Batched):
     splits: dict[str, list[Pair]] = field(repr=False)  # train, val, test
     made: dict = field(default_factory=dict, init=False, repr=False)  # tokens of splits
 
-    # what images.Dataset has, too
+    # What images.Dataset has, too.
     text: ClassVar[Literal[True]] = True
     unit: ClassVar = "texts"
     final: ClassVar = "train"  # the split that the protocol's last runs train on

@@ -11,12 +11,13 @@ def last_row(folder):
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
 
 
-def test_the_rate_is_chosen_on_val_and_every_seed_is_tested_once(tmp_path):
-    config = Config(share="identity", device="cpu", epochs=1, fraction=0.1, out=str(tmp_path))
+def test_the_rate_is_chosen_on_val_and_every_seed_is_tested_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = Config(share="identity", device="cpu", epochs=1, fraction=0.1, out="here")
     backbone = load_backbone(config)
     data = load("digits", **backbone.inputs)
     best, scores, parameters = controls.row(config, backbone, data, rates=(0.001, 5.0), seeds=2)
-    home = tmp_path / "identity"
+    home = tmp_path / "out/controls/here/identity"
     val = {rate: last_row(home / f"False-{rate}-42")["val"] for rate in (0.001, 5.0)}
     assert best == max(val, key=val.get)
     assert val[0.001] != val[5.0]
@@ -35,5 +36,5 @@ def test_five_classes_are_labelled_anew_and_most_counts_for_train_and_val():
 
 def test_two_vectors_minus_one_are_paired_by_seed(capsys):
     rows = {"identity": (5.0, [80.0, 82.0], 1), "none": (5.0, [81.0, 85.0], 2)}
-    controls.show(rows, digits=2)
-    assert "No-share minus one vector, no map: +2.00 (s.e. 1.00)" in capsys.readouterr().out
+    controls.show(rows)
+    assert "No-share minus one vector, no map: 2.000 (1.000)" in capsys.readouterr().out

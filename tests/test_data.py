@@ -284,7 +284,7 @@ def test_the_task_list_and_the_preparation_of_one_task_print_what_they_found(
     assert data.main(["flowers", *words, "--size", "32"]) == 0
     described = capsys.readouterr().out
     assert "train      12 images, 4 to 4 per class" in described
-    # the picture has the training images in the order of their classes, 2 pixels apart
+    # The picture has the training images in the order of their classes, 2 pixels apart.
     train = load("flowers", tmp_path / "data", 32)
     with Image.open(tmp_path / "data" / "flowers.png") as sheet:
         pixels = np.asarray(sheet)

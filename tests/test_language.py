@@ -201,7 +201,7 @@ def test_the_test_set_is_written_once_per_source_with_its_references_and_scored(
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"sacreBLEU", "rouge1", "rouge2", "rougeL", "status"} <= metrics.keys()
     assert (tmp_path / "run" / "curve.png").stat().st_size > 1000
-    # and the run can be used: the same sources get the same texts
+    # And the run can be used: the same sources get the same texts.
     assert (
         sample.main(
             [str(tmp_path / "run"), rows[0]["source"], rows[1]["source"], "--beams", "2", "--json"]

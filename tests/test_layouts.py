@@ -284,7 +284,7 @@ def test_the_identity_of_a_folder_is_its_content_and_not_its_time_or_place(tmp_p
     shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
     assert read(tmp_path / "copy").identity == first
 
-    # each change is seen, in the part that it concerns
+    # Each change is seen, in the part that it concerns.
     file = next(iter(read(folder).listing["val"]))
     colour(folder / file, 1 if file[0] != "b" else 2)
     changed = read(folder).identity
@@ -303,7 +303,7 @@ def test_the_identity_of_digits_is_fixed_and_its_file_can_be_classified(tmp_path
     assert data.identity == load("digits", tmp_path, 32).identity
     assert data.identity["train"] != load("digits", tmp_path, 16).identity["train"]
     assert len({*data.identity.values()}) == 4
-    # the digit that the README shows is the first test image, a 2, read as the task's images are
+    # The digit that the README shows is the first test image, a 2, read as the task's images are.
     assert data.splits["test"].labels[0] == 2
     pixels = read_image(ASSETS / "digit.png", data.resize)
     assert np.array_equal(pixels, data.splits["test"].image(0))

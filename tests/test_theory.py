@@ -109,7 +109,7 @@ def test_the_voronoi_loss_counts_a_lone_expert_linearly_and_experts_in_one_cell_
     pair = rows([math.log(0.5), 10, 2, 0, 10], [0, 10, 0, 3, 10])
     loss = voronoi_loss(torch.cat([alone, pair])[None], TRUE).item()
     assert loss == pytest.approx(0.5 + 1.5 * (5 + 1) + abs(0.5 + 1 - 2) + 0.5 * 2**2 + 1 * 3**2)
-    # a cell is empty
+    # A cell is empty.
     assert voronoi_loss(alone[None], TRUE).item() == pytest.approx(0.5 + 1.5 * (5 + 1) + 2)
 
 
