@@ -142,6 +142,7 @@ def cells(sweep: Sweep) -> list[Config]:
 
 
 def folder(sweep: Sweep, *tasks: str) -> Path:
+    """Where the results of these tasks are kept."""
     name = "-".join(dict.fromkeys(title(task) for task in tasks))
     return Path(sweep.out).absolute() / (name + ("-halving" if sweep.halving else ""))
 
@@ -153,11 +154,13 @@ def one_run(sweep: Sweep, cell: Config, **values: Any) -> Config:
 
 
 def grid(sweep: Sweep, cell: Config) -> list[Config]:
+    """The runs of a cell from which the settings are chosen."""
     pairs = product(dict.fromkeys(sweep.lr), dict.fromkeys(sweep.wd))
     return [one_run(sweep, cell, lr=lr, wd=wd, final=False) for lr, wd in pairs]
 
 
 def finals(sweep: Sweep, cell: Config, lr: float | None, wd: float | None) -> list[Config]:
+    """A run per seed with these settings; None: the task's."""
     return [one_run(sweep, cell, lr=lr, wd=wd, seed=seed) for seed in dict.fromkeys(sweep.seed)]
 
 

@@ -25,6 +25,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -42,7 +43,15 @@ from extras.explain import altered, experts_picture, image_picture, text_picture
 from gpt import GPT
 from support import runs
 from support.files import Parser, UsageError, add_options, exit_code, opt, write
-from support.images import ENDINGS, crop, image_files, read_image, to_rgb
+from support.images import (
+    ENDINGS,
+    cores,
+    crop,
+    image_files,
+    prefetch,
+    read_image,
+    to_rgb,
+)
 from support.language import Pair, Template, Text, encoding, one_line, read_sources
 from support.report import called, png
 from support.runs import WRITE, open_backbone, use_bf16
@@ -249,30 +258,35 @@ def image_paths(inputs: list[str]) -> list[Path]:
     return found
 
 
-def predict_all(run: Run, options: Options, inputs: list[str]) -> None:
-    """Print a line per image: its likeliest classes. What cannot be read is named and left out."""
-    seen = 0
-    for path in tqdm(image_paths(inputs), "images", leave=False, disable=None):
+def readable(run: Run, paths: list[Path]) -> Iterator[tuple[Path, Tensor]]:
+    """Every image (size, size, 3) and its path. What cannot be read is named and left out."""
+    decoded = zip(paths, prefetch(run.pixels, paths, cores()), strict=True)
+    for path, future in tqdm(decoded, "images", len(paths), leave=False, disable=None):
         try:
-            pixels = run.pixels(path)  # (size, size, 3)
+            yield path, future.result()
         except UsageError as error:
             tqdm.write(f"skipped: {error}", file=sys.stderr)
-            continue
-        seen += 1
 
-        # The likeliest classes.
-        (chances,) = run.probabilities([pixels])
-        likely = dict(list(chances.items())[:TOP])
-        text = ", ".join(f"{name} {100 * p:.1f} %" for name, p in likely.items())
 
-        # Where CLS looks.
-        figure = None
-        if options.explain:
-            one = pixels[None].to(run.config.device)  # (1, size, size, 3)
-            with run.autocast():
-                figure = image_picture(run.backbone, one, run.prefix_kv, f"{path.name}: {text}")
-        line = {"image": str(path), "classes": likely}
-        show(run, options, line, f"{path}: {text}", f"explain-{path.stem}", figure)
+def predict_all(run: Run, options: Options, inputs: list[str]) -> None:
+    """Print a line per image: its likeliest classes."""
+    images, seen = readable(run, image_paths(inputs)), 0
+    while batch := list(islice(images, run.config.batch)):
+        seen += len(batch)
+        found = run.probabilities([pixels for _, pixels in batch])
+        for (path, pixels), chances in zip(batch, found, strict=True):
+            # The likeliest classes.
+            likely = dict(list(chances.items())[:TOP])
+            text = ", ".join(f"{name} {100 * p:.1f} %" for name, p in likely.items())
+
+            # Where CLS looks.
+            figure = None
+            if options.explain:
+                one = pixels[None].to(run.config.device)  # (1, size, size, 3)
+                with run.autocast():
+                    figure = image_picture(run.backbone, one, run.prefix_kv, f"{path.name}: {text}")
+            line = {"image": str(path), "classes": likely}
+            show(run, options, line, f"{path}: {text}", f"explain-{path.stem}", figure)
     if not seen:
         raise UsageError("none of the images could be read; give JPEG or PNG files that are whole")
 

@@ -206,10 +206,7 @@ def prepare(cache: Path, name: str, base: Path, files: Files, resize: Side) -> S
 
 def decode(temporary: Path, name: str, base: Path, files: Files, resize: Side) -> None:
     """Write what `Split.open` reads. One thread per core decodes; memory holds a few images."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    decoded = prefetch(lambda file: read_image(f"{base}/{file[0]}", resize), files, cores)
+    decoded = prefetch(lambda file: read_image(f"{base}/{file[0]}", resize), files, cores())
     made, index, faults = names_digest(files), np.empty((len(files), 4), np.int64), []
     with temporary.open("wb") as out:
         # Pixels, one image after another.
@@ -328,6 +325,13 @@ class Dataset(Batched):
         for out, (image, _) in zip(pixels, examples, strict=True):
             crop(image, self.size, out, rng if self.augment else None)
         return torch.from_numpy(pixels), torch.tensor([label for _, label in examples])  # (B,)
+
+
+def cores() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def prefetch(make: Callable, items: Iterable, threads: int) -> Iterator[Future]:

@@ -27,7 +27,7 @@ from extras.explain import (
     prefix_share,
     rollout,
 )
-from extras.sample import load_run, main, untrained
+from extras.sample import Run, load_run, main, untrained
 from support import runs as run_folder
 from support.files import UsageError
 from support.images import stratified
@@ -93,9 +93,12 @@ def said(capsys, *words: str) -> list[dict]:
 
 @pytest.mark.parametrize("name", ["deep", "none", "full"])
 def test_predictions_on_exported_images_equal_the_evaluation_of_the_training(
-    name, runs, pictures, capsys
+    name, runs, pictures, capsys, monkeypatch
 ):
+    sizes, logits = [], Run.logits
+    monkeypatch.setattr(Run, "logits", lambda run, x: (sizes.append(len(x)), logits(run, x))[1])
     lines = said(capsys, runs[name], pictures)
+    assert sizes == [64] * 12 + [29]  # as training evaluates
     assert len(lines) == 797
     right = sum(
         max(line["classes"], key=line["classes"].get) == line["image"][-5] for line in lines
