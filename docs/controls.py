@@ -20,7 +20,8 @@ from support.images import Split
 from support.report import called, standard_error
 from train import Config, evaluate, load_backbone, resolve, train
 
-TEXT_LR, IMAGE_LR = (0.3, 0.1, 0.03, 0.01, 0.003), (25.0, 10.0, 5.0, 2.5, 1.0, 0.5)
+TEXT_LR = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+IMAGE_LR = (25.0, 10.0, 5.0, 2.5, 1.0, 0.5)
 
 
 def run(config, backbone, data, final, lr, seed):
@@ -51,8 +52,7 @@ def show(rows):
     said = {f"{called(a)}, {n:,} parameters, lr {lr:g}": xs for a, (lr, xs, n) in rows.items()}
     for one, two in (("identity", "none"), *((s, f"{s}-separate") for s in SHARE[1:4])):
         if one in rows and two in rows:
-            gains = [b - a for a, b in zip(rows[one][1], rows[two][1], strict=True)]
-            said[f"{called(two)} minus {called(one)}"] = gains
+            said[f"{called(two)} minus {called(one)}"] = np.subtract(rows[two][1], rows[one][1])
     for name, values in said.items():
         print(f"{name}: {np.mean(values):.3f} ({standard_error(values):.3f})", flush=True)
 
