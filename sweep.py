@@ -434,7 +434,7 @@ def parse(argv: list[str] | None) -> Sweep:
     sweep = Sweep(**vars(own), common=vars(parser().parse_args(others)))
 
     # What no sweep can have; what no run can have, `resolve` finds.
-    for name in {"task", "tune", "share", "shallow", "final"} & sweep.common.keys():
+    for name in {"task", "tune", "share", "shallow", "start", "final"} & sweep.common.keys():
         raise UsageError(f"--{name} is for train.py; a sweep takes --tasks and --methods")
     for name, value in (("img-per-s", sweep.img_per_s), ("workers", sweep.workers)):
         if value is not None and not 0 < value < math.inf:

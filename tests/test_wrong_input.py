@@ -161,6 +161,7 @@ SWEEP = {
     "--tasks empty --backbone scratch": ("empty holds no images", "a folder of images per class"),
     "--methods depe": ("no method 'depe'", "methods: none, "),
     "--methods": ("--methods needs", "at least one value"),
+    "--start p.pth": ("--start is for train.py", "a sweep takes --tasks and --methods"),
     "--lr": ("--lr needs", "at least one value"),
     "--lr 0": ("--lr is 0.0", "it must be positive"),
     "--wd -1": ("--wd is -1.0", "it must not be negative"),
