@@ -328,7 +328,7 @@ class Dataset(Batched):
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """How many cores of the CPU this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -16,9 +16,10 @@ def test_the_rate_is_chosen_on_val_and_every_seed_is_tested_once(tmp_path, monke
     config = Config(share="identity", device="cpu", epochs=1, fraction=0.1, out="here")
     backbone = load_backbone(config)
     data = load("digits", **backbone.inputs)
-    best, scores, parameters = controls.row(config, backbone, data, rates=(0.001, 5.0), seeds=2)
+    rates, choice = (0.001, 5.0), (42, 43)
+    best, scores, parameters = controls.row(config, backbone, data, rates, 2, choice)
     home = tmp_path / "out/controls/here/identity"
-    val = {rate: last_row(home / f"False-{rate}-42")["val"] for rate in (0.001, 5.0)}
+    val = {r: sum(last_row(home / f"False-{r}-{s}")["val"] for s in choice) for r in rates}
     assert best == max(val, key=val.get)
     assert val[0.001] != val[5.0]
     assert scores == [last_row(home / f"True-{best}-{seed}")["test"] for seed in (0, 1)]
